@@ -1,0 +1,16 @@
+"""What a client optimises: one file for each algorithm with both halves, one line for each here."""
+
+from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions
+from fedkd_flwr.algorithms.fedavg import FedAvgOptions
+from fedkd_flwr.algorithms.fedkd import FedKDOptions
+from fedkd_flwr.algorithms.fedprox import FedProxOptions
+from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
+
+ALGORITHMS: dict[str, type[AlgorithmOptions]] = {
+    "fedavg": FedAvgOptions,
+    "fedkd": FedKDOptions,
+    "fedprox": FedProxOptions,
+    "local_only": LocalOnlyOptions,
+}
+
+__all__ = ["ALGORITHMS", "Algorithm", "AlgorithmOptions"]

@@ -1,0 +1,209 @@
+"""The seam between an algorithm and whoever carries its messages.
+
+An algorithm has two halves, client and server, and names what they exchange. Both ends hold the same **shared** arrays:
+version 0 is built from the seed, and every later version is the one before with a **broadcast** applied to it. A client
+sends an **upload**; the server's half turns the mean of the uploads into the next broadcast. Two codecs, one for each
+direction, carry them. Nothing here says that shared arrays are a model or that uploads are updates of one:
+
+    exchanges   shared arrays        upload                  broadcast
+    "updates"   a model              its update              the mean update
+    "outputs"   knowledge of all     outputs of one client   what to know next
+    "nothing"   -                    -                       -
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from pydantic import BaseModel
+from torch import nn
+
+from fedkd_flwr.core.arrays import Arrays, Spec, apply_update, difference
+from fedkd_flwr.core.modules import exchanged_spec, read_arrays, write_arrays
+from fedkd_flwr.core.protocols import ClientData, Codec, Examples, Models, Task
+
+Exchanges = Literal["updates", "outputs", "nothing"]
+Metrics = Mapping[str, float]
+MakeCodec = Callable[[Spec], Codec]
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a client is asked to do in one round.
+
+    Attributes:
+        progress: share of training done, in [0, 1].
+        seed: source of all randomness of this client in this round.
+    """
+
+    progress: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What local training leaves behind.
+
+    Attributes:
+        upload: what the uplink codec sends; None where nothing is exchanged.
+        private: what stays on the client until its next round.
+        metrics: means over the local steps, by name.
+    """
+
+    upload: Arrays | None
+    private: Arrays
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Wires:
+    """The codec of each direction."""
+
+    uplink: Codec
+    downlink: Codec
+
+
+class SharedState(Protocol):
+    """What both ends must agree on, to the bit."""
+
+    def initial(self) -> Arrays:
+        """Version 0: the same for every caller with the same experiment."""
+
+    def wires(self, make_codec: MakeCodec) -> Wires | None:
+        """The two codecs; `make_codec` builds the one that the user chose for updates. None: nothing is exchanged."""
+
+    def apply(self, shared: Arrays, broadcast: Arrays) -> Arrays:
+        """The next version."""
+
+
+class ClientHalf(Protocol):
+    """Runs where the data is."""
+
+    def initial_private(self) -> Arrays:
+        """What a client keeps to itself before its first round."""
+
+    def train(self, shared: Arrays, private: Arrays, data: ClientData, assignment: Assignment) -> Trained:
+        """One round of local training."""
+
+    def evaluate(self, shared: Arrays, private: Arrays, data: ClientData) -> dict[str, Metrics]:
+        """Metrics on the client's own test examples: "shared" and "private", whichever exist."""
+
+    def export_private(self, private: Arrays, directory: Path) -> bool:
+        """Write the client's own model where it has one; say whether it does."""
+
+
+class ServerHalf(Protocol):
+    """Runs where the uploads meet."""
+
+    def broadcast(self, aggregate: Arrays, shared: Arrays, assignment: Assignment) -> Arrays:
+        """What to send to everyone, from the aggregate of this round's uploads."""
+
+    def evaluate(self, shared: Arrays, examples: Examples) -> Metrics | None:
+        """Metrics of the shared model on the server's test set; None where none is shared."""
+
+    def export_shared(self, shared: Arrays, directory: Path) -> bool:
+        """Write the shared model where there is one; say whether there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """Both halves of one algorithm and what they share.
+
+    Attributes:
+        exchanges: what crosses the network.
+        num_teacher_parameters: trainable parameters of the task's teacher, for the bytes that FedAvg of it would move.
+        num_student_parameters: likewise of the student.
+    """
+
+    exchanges: Exchanges
+    shared: SharedState
+    client: ClientHalf
+    server: ServerHalf
+    num_teacher_parameters: int
+    num_student_parameters: int
+
+
+class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True):
+    """Options of one algorithm, `name` first. They build it for a task."""
+
+    name: str
+
+    @abstractmethod
+    def build(self, task: Task, seed: int) -> Algorithm:
+        """The algorithm on `task`, its version 0 drawn from `seed`."""
+
+
+def num_parameters(models: Models) -> tuple[int, int]:
+    """Trainable parameters of teacher and student."""
+    teacher, student = (
+        sum(tensor.size for tensor in exchanged_spec(model) if tensor.kind == "parameter")
+        for model in (models.teacher, models.student)
+    )
+    return teacher, student
+
+
+class SharedModel:
+    """A model that server and clients hold together, moved by its updates.
+
+    Everything an "updates" algorithm shares: version 0, the user's codec in both directions, the score, the export. The
+    module is scratch space; the arrays are the model.
+    """
+
+    def __init__(self, task: Task, module: nn.Module) -> None:
+        self.module = module
+        self._task = task
+        self._initial = read_arrays(module)
+        self._spec = exchanged_spec(module)
+
+    def initial(self) -> Arrays:
+        """Every tensor of version 0, frozen ones included."""
+        return self._initial
+
+    def wires(self, make_codec: MakeCodec) -> Wires | None:
+        """The user's codec, both ways."""
+        codec = make_codec(self._spec)
+        return Wires(uplink=codec, downlink=codec)
+
+    def apply(self, shared: Arrays, broadcast: Arrays) -> Arrays:
+        """The model moved by the decoded mean update."""
+        return apply_update(shared, broadcast)
+
+    def load(self, shared: Arrays) -> None:
+        """Set the module to these arrays."""
+        write_arrays(self.module, shared)
+
+    def update(self, shared: Arrays) -> Arrays:
+        """What the module, as trained, adds to `shared`."""
+        return difference(read_arrays(self.module), shared, self._spec)
+
+    def score(self, shared: Arrays, examples: Examples) -> Metrics:
+        """Metrics of the model with these arrays."""
+        self.load(shared)
+        return self._task.score(self.module, examples)
+
+    def export(self, shared: Arrays, directory: Path) -> None:
+        """Write the model with these arrays."""
+        self.load(shared)
+        self._task.export(self.module, directory)
+
+
+class MeanUpdateServer:
+    """Server half of every algorithm that averages the updates of one shared model."""
+
+    def __init__(self, shared: SharedModel) -> None:
+        self._shared = shared
+
+    def broadcast(self, aggregate: Arrays, shared: Arrays, assignment: Assignment) -> Arrays:
+        """The aggregate itself."""
+        return aggregate
+
+    def evaluate(self, shared: Arrays, examples: Examples) -> Metrics | None:
+        """Score of the shared model."""
+        return self._shared.score(shared, examples)
+
+    def export_shared(self, shared: Arrays, directory: Path) -> bool:
+        """Write the shared model."""
+        self._shared.export(shared, directory)
+        return True

@@ -1,0 +1,53 @@
+"""FedProx: FedAvg whose clients pay for leaving the shared model.
+
+Li et al., "Federated optimization in heterogeneous networks", MLSys 2020, https://arxiv.org/abs/1812.06127: the local
+loss plus (mu / 2) * ||w - w_shared||^2.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions, MeanUpdateServer, SharedModel, num_parameters
+from fedkd_flwr.algorithms.fedavg import FedAvgClient
+from fedkd_flwr.algorithms.loop import LocalTraining, OptimizerOptions, Penalty
+from fedkd_flwr.core.protocols import Task
+
+
+class FedProxOptions(AlgorithmOptions):
+    """Options of FedProx.
+
+    Attributes:
+        model: which of the task's models is shared.
+        proximal_mu: weight mu of the penalty; 0 is FedAvg.
+        local: epochs and batch size of a client's round.
+        optimizer: the client's, begun afresh each round.
+    """
+
+    name: Literal["fedprox"] = "fedprox"
+    model: Literal["teacher", "student"] = "teacher"
+    proximal_mu: float = Field(0.1, ge=0)
+    local: LocalTraining = LocalTraining()
+    optimizer: OptimizerOptions = OptimizerOptions()
+
+    def build(self, task: Task, seed: int) -> Algorithm:
+        """FedProx of the chosen model."""
+        models = task.build_models(seed)
+        shared = SharedModel(task, models.teacher if self.model == "teacher" else models.student)
+        client = FedAvgClient(
+            task, shared, self.local, self.optimizer, lambda module: proximal_penalty(module, self.proximal_mu)
+        )
+        return Algorithm("updates", shared, client, MeanUpdateServer(shared), *num_parameters(models))
+
+
+def proximal_penalty(module: nn.Module, mu: float) -> Penalty:
+    """The function w -> (mu / 2) * ||w - w_0||^2, where w_0 are the trainable parameters of `module` now."""
+    anchors = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+    def penalty(moved: nn.Module) -> Tensor:
+        squares = [((p - anchors[name]) ** 2).sum() for name, p in moved.named_parameters() if name in anchors]
+        return mu / 2 * torch.stack(squares).sum()
+
+    return penalty

@@ -1,0 +1,1 @@
+"""Pure maths: torch and numpy only. No Flower, no Hugging Face, no files, no clock."""

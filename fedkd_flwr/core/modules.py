@@ -1,0 +1,71 @@
+"""Torch modules to named arrays and back."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedkd_flwr.core.arrays import Array, Arrays, Spec, TensorSpec
+
+
+def exchanged_spec(module: nn.Module) -> Spec:
+    """What federated training moves: trainable parameters, then floating persistent buffers.
+
+    Shared storage (tied weights) appears once. Frozen parameters and integer buffers are not part of an update.
+    """
+    parameters = [TensorSpec(n, tuple(p.shape)) for n, p in module.named_parameters() if p.requires_grad]
+    persistent = module.state_dict().keys()
+    buffers = [
+        TensorSpec(n, tuple(b.shape), "buffer")
+        for n, b in module.named_buffers()
+        if n in persistent and b.is_floating_point()
+    ]
+    return tuple(parameters + buffers)
+
+
+def read_arrays(module: nn.Module) -> dict[str, Array]:
+    """Every parameter and persistent buffer as an array of its own.
+
+    Floating tensors become float32 masters. The arrays are copies: a view of live weights would turn every later
+    update into zeros.
+    """
+    persistent = module.state_dict().keys()
+    tensors: dict[str, torch.Tensor] = dict(module.named_parameters())
+    tensors.update((n, b) for n, b in module.named_buffers() if n in persistent)
+    return {name: _to_array(tensor) for name, tensor in tensors.items()}
+
+
+def _to_array(tensor: torch.Tensor) -> Array:
+    detached = tensor.detach().cpu()
+    if detached.is_floating_point():
+        detached = detached.to(torch.float32)
+    return np.array(detached.numpy(), copy=True)
+
+
+def write_arrays(module: nn.Module, arrays: Arrays, prefix: str = "") -> None:
+    """Copy `arrays[prefix + name]` into every parameter and persistent buffer of `module`.
+
+    Raises:
+        ValueError: if a tensor is missing or has another shape.
+    """
+    persistent = module.state_dict().keys()
+    tensors: dict[str, torch.Tensor] = dict(module.named_parameters())
+    tensors.update((n, b) for n, b in module.named_buffers() if n in persistent)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            value = arrays.get(prefix + name)
+            if value is None or tuple(value.shape) != tuple(tensor.shape):
+                got = "nothing" if value is None else f"shape {tuple(value.shape)}"
+                raise ValueError(f"tensor {name!r} needs shape {tuple(tensor.shape)}, got {got}")
+            tensor.copy_(torch.from_numpy(np.ascontiguousarray(value)).reshape(tensor.shape))
+
+
+def prefixed(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The same arrays with `prefix` before every name."""
+    return {prefix + name: value for name, value in arrays.items()}
+
+
+def without_prefix(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays whose name starts with `prefix`, under the rest of their names."""
+    return {name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,99 @@
+"""What the axes promise each other: data, models and codecs as seen by code that must not import them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from fedkd_flwr.core.arrays import Arrays, Spec
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """One forward pass.
+
+    Attributes:
+        logits: [..., classes].
+        labels: [...], `losses.NO_LABEL` where a position has none.
+        hidden_states: embedding output, then one [batch, tokens, width] per layer; None if not asked for.
+        attentions: one [batch, heads, tokens, tokens] per layer; None if not asked for.
+        token_mask: [batch, tokens], true where a token is real; None where every token is.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    token_mask: Tensor | None = None
+
+
+class Examples(Protocol):
+    """A finite set of examples."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def batches(self, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+        """All examples once, in batches; shuffled by `seed`, in order when it is None."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientData:
+    """What one client holds: `train` to learn from, `test` to score on."""
+
+    train: Examples
+    test: Examples
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """A teacher, and the student that starts from it."""
+
+    teacher: nn.Module
+    student: nn.Module
+
+
+class Task(Protocol):
+    """What is learned: data, models and score."""
+
+    def client_data(self, partition_id: int) -> ClientData:
+        """Data of one client."""
+
+    def test_data(self) -> Examples:
+        """The server's global test set."""
+
+    def build_models(self, seed: int) -> Models:
+        """Version 0 of teacher and student: the same for everyone who passes the same seed."""
+
+    def example_batch(self) -> Batch:
+        """One made-up example of the right shapes, from which layers and widths can be found without any data."""
+
+    def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
+        """Run `model` on a batch."""
+
+    def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        """Metrics of `model` on `examples`, by name."""
+
+    def export(self, model: nn.Module, directory: Path) -> None:
+        """Write the model as a directory that `from_pretrained` loads."""
+
+
+class Codec(Protocol):
+    """Two ends of a wire. State is carried by the caller and opaque to it: named arrays, empty where none is needed."""
+
+    @property
+    def spec(self) -> Spec:
+        """The tensors of one payload, in order."""
+
+    def initial_state(self) -> Arrays:
+        """State of either end before the first payload."""
+
+    def encode(self, update: Arrays, state: Arrays, *, progress: float, seed: int) -> tuple[bytes, Arrays]:
+        """Payload and next state of the sending end."""
+
+    def decode(self, payload: bytes, state: Arrays) -> tuple[Arrays, Arrays]:
+        """Update and next state of the receiving end."""

@@ -1,0 +1,60 @@
+"""Every shared array in full, as one byte string: for a client that can't be brought up to date by payloads.
+
+Little-endian: magic "FKS", format version u8, 8 bytes of a digest over names, shapes and dtypes, then the values in
+name order. Both ends know the template, so nothing in it is trusted but numbers.
+"""
+
+import hashlib
+
+import numpy as np
+
+from fedkd_flwr.core.arrays import Array, Arrays
+
+_MAGIC = b"FKS\x01"
+_HEADER_BYTES = len(_MAGIC) + 8
+
+
+class SnapshotError(ValueError):
+    """Bytes that are not a snapshot of the expected arrays."""
+
+
+def snapshot_bytes(template: Arrays) -> int:
+    """Length of a snapshot of arrays like these."""
+    return _HEADER_BYTES + sum(value.nbytes for value in template.values())
+
+
+def pack_snapshot(arrays: Arrays) -> bytes:
+    """Write all arrays."""
+    values = [_little_endian(arrays[name]).tobytes() for name in sorted(arrays)]
+    return b"".join([_MAGIC, _template_digest(arrays), *values])
+
+
+def unpack_snapshot(data: bytes, template: Arrays) -> dict[str, Array]:
+    """Read what `pack_snapshot` wrote for arrays with the template's names, shapes and dtypes.
+
+    Raises:
+        SnapshotError: for anything else, a number that is not finite included.
+    """
+    if not data.startswith(_MAGIC) or data[len(_MAGIC) : _HEADER_BYTES] != _template_digest(template):
+        raise SnapshotError("snapshot is of another model; both ends need the same experiment")
+    if len(data) != snapshot_bytes(template):
+        raise SnapshotError(f"snapshot must have {snapshot_bytes(template)} bytes, got {len(data)}")
+    arrays: dict[str, Array] = {}
+    offset = _HEADER_BYTES
+    for name in sorted(template):
+        like = _little_endian(template[name])
+        value = np.frombuffer(data, like.dtype, like.size, offset).astype(template[name].dtype).reshape(like.shape)
+        if not np.isfinite(value).all():
+            raise SnapshotError(f"snapshot: {name!r} holds numbers that are not finite")
+        arrays[name] = value
+        offset += like.nbytes
+    return arrays
+
+
+def _little_endian(value: Array) -> Array:
+    return np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
+
+
+def _template_digest(template: Arrays) -> bytes:
+    lines = [f"{name}:{template[name].shape}:{template[name].dtype.newbyteorder('<').str}" for name in sorted(template)]
+    return hashlib.sha256("\n".join(lines).encode()).digest()[:8]

@@ -1,0 +1,278 @@
+"""One YAML file is one experiment: read, changed by overrides, checked once, frozen.
+
+Each axis has a table of plug-ins, and each plug-in's options live in its own file. Whatever is wrong is one
+`ConfigError` that names the key, what is allowed and what was got.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, cast, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from fedkd_flwr.algorithms import ALGORITHMS, Algorithm, AlgorithmOptions
+from fedkd_flwr.compressors import COMPRESSORS, CompressorOptions
+from fedkd_flwr.core.protocols import Task
+from fedkd_flwr.core.seeds import derive_seed
+from fedkd_flwr.tasks import TASKS, TaskOptions
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # experiment names and client keys become file names
+
+
+class ConfigError(Exception):
+    """An experiment that can't be run as written. The message is one line for the person who wrote it."""
+
+
+def _one_of(table: Mapping[str, type[BaseModel]]) -> Any:
+    """The type of a section whose `name` picks one of the table's options."""
+    kinds = tuple(table.values())
+    return Annotated[Union[kinds], Field(discriminator="name")] if len(kinds) > 1 else kinds[0]  # noqa: UP007
+
+
+if TYPE_CHECKING:
+    AnyTask = TaskOptions
+    AnyAlgorithm = AlgorithmOptions
+    AnyCompressor = CompressorOptions
+else:
+    AnyTask = _one_of(TASKS)
+    AnyAlgorithm = _one_of(ALGORITHMS)
+    AnyCompressor = _one_of(COMPRESSORS)
+
+_TABLES: dict[str, Mapping[str, type[BaseModel]]] = {
+    "task": TASKS,
+    "algorithm": ALGORITHMS,
+    "compressor": COMPRESSORS,
+}
+
+
+class AggregatorOptions(BaseModel, extra="forbid", frozen=True):
+    """How uploads become one.
+
+    Attributes:
+        name: "fedavg", the mean.
+        weighting: "uniform" counts every client alike, as the FedKD paper does; "num_examples" by its training examples.
+    """
+
+    name: Literal["fedavg"] = "fedavg"
+    weighting: Literal["uniform", "num_examples"] = "uniform"
+
+
+class ServerOptions(BaseModel, extra="forbid", frozen=True):
+    """What the server waits for and how it counts.
+
+    Attributes:
+        aggregator: how uploads become one.
+        fraction_train: share of the clients that trains in each round, in (0, 1].
+        min_replies: a round with fewer good replies is skipped; an aggregate of one would be that client's update.
+        round_timeout_seconds: how long a round waits for replies.
+        connect_timeout_seconds: how long the server waits for `num_clients` clients before it gives up.
+    """
+
+    aggregator: AggregatorOptions = AggregatorOptions()
+    fraction_train: float = Field(1.0, gt=0, le=1)
+    min_replies: int = Field(2, ge=1)
+    round_timeout_seconds: float = Field(600.0, gt=0)
+    connect_timeout_seconds: float = Field(120.0, gt=0)
+
+
+class Experiment(BaseModel, extra="forbid", frozen=True):
+    """A validated experiment.
+
+    Attributes:
+        name: names the results.
+        seed: source of all randomness.
+        num_clients: how many clients the data is divided among and the server waits for.
+        num_rounds: rounds of training.
+        output_dir: where `fedkd run` puts results, relative to where it is called.
+        task: what is learned.
+        algorithm: what a client optimises.
+        compressor: what an update weighs on the wire.
+        server: sampling, waiting, counting.
+    """
+
+    name: str = Field(pattern=NAME_PATTERN)
+    seed: int = Field(0, ge=0, lt=2**63)
+    num_clients: int = Field(ge=1, le=100_000)
+    num_rounds: int = Field(ge=1)
+    output_dir: str = Field("results", min_length=1)
+    task: AnyTask
+    algorithm: AnyAlgorithm
+    compressor: AnyCompressor = Field(default_factory=COMPRESSORS["identity"])
+    server: ServerOptions = ServerOptions()
+
+    @property
+    def num_sampled(self) -> int:
+        """Clients that train in each round."""
+        return round(self.num_clients * self.server.fraction_train)
+
+    @model_validator(mode="after")
+    def _enough_clients(self) -> Self:
+        if self.num_sampled < 1:
+            raise ValueError(
+                f"server.fraction_train: {self.server.fraction_train} of {self.num_clients} clients is none; raise it"
+            )
+        if self.num_sampled < self.server.min_replies:
+            raise ValueError(
+                f"server.min_replies must be at most the {self.num_sampled} clients that train in a round, "
+                f"got {self.server.min_replies}"
+            )
+        return self
+
+    def build_task(self) -> Task:
+        """The task, its data divided among the clients.
+
+        Raises:
+            ConfigError: if the data can't be divided so.
+        """
+        try:
+            return self.task.build(self.num_clients, self.seed)
+        except ValueError as error:
+            raise ConfigError(_one_line(str(error))) from error
+
+    def build_algorithm(self, task: Task) -> Algorithm:
+        """The algorithm on that task.
+
+        Raises:
+            ConfigError: if the task's models are not what it needs.
+        """
+        try:
+            return self.algorithm.build(task, derive_seed(self.seed, "models"))
+        except ValueError as error:
+            raise ConfigError(_one_line(str(error))) from error
+
+    def to_yaml(self) -> str:
+        """The resolved experiment, every default written out; `parse` reads it back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Experiment:
+    """Read an experiment from a YAML file.
+
+    Args:
+        path: the file.
+        overrides: "key.key=value", each value read as YAML.
+
+    Raises:
+        ConfigError: if the file can't be read or is not an experiment.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {str(path)!r} does not exist; give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r} can't be read: {error}") from None
+    return parse(text, overrides, source=str(path))
+
+
+def parse(text: str, overrides: Iterable[str] = (), source: str = "config") -> Experiment:
+    """Read an experiment from YAML text; see `load`."""
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {_one_line(str(error))}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source} must be a mapping with keys like name, task and algorithm, got {_kind(raw)}")
+    for override in overrides:
+        raw = _overridden(raw, override)
+    try:
+        return Experiment.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from None
+
+
+def _overridden(raw: dict[str, Any], override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    path = key.strip().split(".")
+    if not separator or not all(path):
+        raise ConfigError(f"an override must look like key.key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {key.strip()}: {text!r} is not a YAML value") from None
+    if len(path) == 2 and path[1] == "name" and path[0] in _TABLES:
+        return raw | {path[0]: _swapped(path[0], raw.get(path[0]), value)}
+    return cast(dict[str, Any], _set(raw, path, value, key.strip()))
+
+
+def _swapped(section: str, options: object, name: object) -> dict[str, Any]:
+    """The section under another plug-in's name, with those of its options that the other one knows too."""
+    kind = _TABLES[section].get(str(name))
+    known = set(kind.model_fields) if kind else set()
+    kept = {k: v for k, v in options.items() if k in known} if isinstance(options, dict) else {}
+    return kept | {"name": name}
+
+
+def _set(node: object, path: list[str], value: object, key: str) -> object:
+    if not path:
+        return value
+    if node is None:
+        node = {}
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {key}: {path[0]!r} is inside {_kind(node)}, not inside a mapping")
+    return node | {path[0]: _set(node.get(path[0]), path[1:], value, key)}
+
+
+def describe(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line: key, what is allowed, what was got."""
+    details = error.errors(include_url=False)
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return _describe(details[0]) + more
+
+
+def _describe(detail: ErrorDetails) -> str:
+    key, model = _locate(detail["loc"])
+    got = detail["input"]
+    context = detail.get("ctx", {})
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        allowed = f"; allowed: {', '.join(model.model_fields)}" if model else ""
+        return f"{key}: unknown key{allowed}"
+    if kind == "missing":
+        return f"{key}: required, got nothing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tags = context.get("expected_tags", "")
+        name = got.get("name") if isinstance(got, Mapping) else got
+        names = str(tags) or ", ".join(repr(n) for n in _TABLES.get(key, {}))
+        return f"{key}.name: must be one of {names or 'the known names'}, got {name!r}"
+    message = _one_line(detail["msg"].removeprefix("Value error, "))
+    if kind == "value_error":
+        return f"{key}: {message}" if key else message
+    if kind in ("model_type", "model_attributes_type"):
+        message = "a mapping"
+    elif kind == "string_pattern_mismatch":
+        message = "1 to 64 letters, digits, dots, dashes or underscores, the first a letter or digit"
+    allowed = message.removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{key}: must be {allowed}, got {_kind(got) if isinstance(got, dict | list) else repr(got)}"
+
+
+def _locate(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
+    """The dotted key of an error, without the plug-in names that pydantic puts in; and the model that holds the key."""
+    key: list[str] = []
+    holder: type[BaseModel] | None = None
+    candidates: list[type[BaseModel]] = [Experiment]
+    for part in location:
+        if len(candidates) > 1 and (chosen := [m for m in candidates if m.model_fields["name"].default == part]):
+            candidates = chosen
+            continue
+        key.append(str(part))
+        holder = candidates[0] if len(candidates) == 1 else None
+        info = holder.model_fields.get(str(part)) if holder else None
+        candidates = _models_in(info.annotation) if info else []
+    return ".".join(key), holder
+
+
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _kind(value: object) -> str:
+    names = {dict: "a mapping", list: "a list", str: "text", type(None): "nothing"}
+    return names.get(type(value), repr(value))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,213 @@
+"""The client's end of the exchange: reach the version asked for, train, remember, reply."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+from flwr.app import Context, Message
+
+from fedkd_flwr.algorithms.base import Assignment
+from fedkd_flwr.core.protocols import ClientData
+from fedkd_flwr.core.seeds import derive_seed
+from fedkd_flwr.core.snapshot import unpack_snapshot
+from fedkd_flwr.flower.errors import StateError
+from fedkd_flwr.flower.lineage import next_lineage
+from fedkd_flwr.flower.records import Hello, HelloReply, Instruction, Reply
+from fedkd_flwr.flower.runtime import Runtime, runtime_of
+from fedkd_flwr.flower.settings import ClientSettings, client_settings
+from fedkd_flwr.flower.store import ClientState, ClientStore, LastReply
+
+PRIVATE_MODEL_DIR = "private_model"
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """One client: its experiment, its name, its data."""
+
+    settings: ClientSettings
+    runtime: Runtime
+    data: ClientData
+
+    def store(self, training_id: str) -> ClientStore:
+        """Where this client remembers a training."""
+        return ClientStore(self.settings.state_dir, training_id, self.settings.client_key)
+
+    def fresh_state(self) -> ClientState:
+        """The state before the first round."""
+        wires = self.runtime.wires
+        uplink = wires.uplink.initial_state() if wires else {}
+        return ClientState(
+            version=0,
+            lineage=self.runtime.lineage,
+            shared=self.runtime.initial,
+            private=self.runtime.algorithm.client.initial_private(),
+            committed=uplink,
+            pending=uplink,
+            downlink=wires.downlink.initial_state() if wires else {},
+        )
+
+
+def client_of(context: Context, app_dir: Path) -> Client:
+    """The client that a node is.
+
+    Raises:
+        ConfigError: if the node's configuration and the experiment don't fit.
+    """
+    settings = client_settings(context.run_config, context.node_config, app_dir)
+    runtime = runtime_of(settings.experiment)
+    return Client(settings, runtime, runtime.task.client_data(settings.partition_id))
+
+
+def hello(message: Message, context: Context, app_dir: Path) -> Message:
+    """Say who this is and which version it holds; whether it could build version 0 as the server did."""
+    asked = Hello.from_records(message.content)
+    client = client_of(context, app_dir)
+    state = client.store(asked.training_id).load()
+    lineage = state.lineage if state else client.runtime.lineage
+    version: int | None = state.version if state else 0
+    if state is None and asked.initial_digest != client.runtime.lineage:
+        version = None
+    reply = HelloReply(client.settings.client_key, version, lineage, len(client.data.train))
+    return Message(reply.to_records(), reply_to=message)
+
+
+def train(message: Message, context: Context, app_dir: Path) -> Message:
+    """One round: catch up, score what was received, train, encode, commit to disk, reply."""
+    instruction = Instruction.from_records(message.content)
+    client = client_of(context, app_dir)
+    store = client.store(instruction.training_id)
+    state = store.load() or client.fresh_state()
+    last = state.last_reply
+    if last and (last.server_round, last.lineage) == (instruction.server_round, instruction.lineage):
+        return Message(_again(last, instruction).to_records(), reply_to=message)
+
+    started = perf_counter()
+    state = catch_up(client.runtime, state.settle(instruction.counted_round), instruction)
+    decoded = perf_counter()
+    reply, state = _train(client, state, instruction)
+    seconds = {**reply.seconds, "decode": decoded - started}
+    reply = replace(reply, seconds=seconds)
+    numbers = {name: getattr(reply, name) for name in _REMEMBERED}
+    store.commit(
+        replace(
+            state,
+            last_reply=LastReply(instruction.server_round, instruction.lineage, reply.payload, numbers),
+        )
+    )
+    return Message(reply.to_records(), reply_to=message)
+
+
+def evaluate(message: Message, context: Context, app_dir: Path) -> Message:
+    """Catch up, score both models on the client's own test examples, export the private one."""
+    instruction = Instruction.from_records(message.content)
+    client = client_of(context, app_dir)
+    store = client.store(instruction.training_id)
+    started = perf_counter()
+    state = catch_up(
+        client.runtime, (store.load() or client.fresh_state()).settle(instruction.counted_round), instruction
+    )
+    seconds = {"decode": perf_counter() - started}
+    state = store.commit(state)
+    half = client.runtime.algorithm.client
+    scores = half.evaluate(state.shared, state.private, client.data)
+    half.export_private(state.private, store.directory / PRIVATE_MODEL_DIR)
+    reply = Reply(
+        server_round=instruction.server_round,
+        attempt=instruction.attempt,
+        version=state.version,
+        lineage=state.lineage,
+        num_examples=len(client.data.train),
+        num_test_examples=len(client.data.test),
+        shared=scores.get("shared", {}),
+        private=scores.get("private", {}),
+        seconds=seconds,
+    )
+    return Message(reply.to_records(), reply_to=message)
+
+
+def catch_up(runtime: Runtime, state: ClientState, instruction: Instruction) -> ClientState:
+    """The state at the instruction's version: payloads it has are skipped, none is applied twice.
+
+    Raises:
+        StateError: if the version can't be reached from here by what was sent.
+        PayloadError, SnapshotError: if what was sent can't be read.
+    """
+    wires = runtime.wires
+    if instruction.snapshot is not None:
+        shared = unpack_snapshot(instruction.snapshot, runtime.initial)
+        return replace(
+            state,
+            shared=shared,
+            version=instruction.version,
+            lineage=instruction.lineage,
+            downlink=wires.downlink.initial_state() if wires else {},
+        )
+    missing = instruction.version - state.version
+    if not 0 <= missing <= len(instruction.payloads):
+        raise StateError(
+            f"holds version {state.version}, can't reach {instruction.version} from {instruction.base_version}"
+        )
+    for payload in instruction.payloads[len(instruction.payloads) - missing :]:
+        if wires is None:
+            raise StateError("was sent a payload by an algorithm that exchanges nothing")
+        update, downlink = wires.downlink.decode(payload, state.downlink)
+        state = replace(
+            state,
+            shared=runtime.algorithm.shared.apply(state.shared, update),
+            downlink=downlink,
+            version=state.version + 1,
+            lineage=next_lineage(state.lineage, payload),
+        )
+    if state.lineage != instruction.lineage:
+        raise StateError(f"holds another version {state.version} than the server: their updates differ")
+    return state
+
+
+_REMEMBERED = ("num_examples", "num_test_examples", "shared", "private", "train", "seconds")
+
+
+def _train(client: Client, state: ClientState, instruction: Instruction) -> tuple[Reply, ClientState]:
+    settings, runtime = client.settings, client.runtime
+    half = runtime.algorithm.client
+    arrived = perf_counter()
+    scores = half.evaluate(state.shared, state.private, client.data)
+    seed = derive_seed(settings.experiment.seed, "client", instruction.server_round, settings.client_key)
+    started = perf_counter()
+    trained = half.train(state.shared, state.private, client.data, Assignment(instruction.progress, seed))
+    after_training = perf_counter()
+    payload: bytes | None = None
+    pending = state.committed
+    if trained.upload is not None and runtime.wires is not None:
+        payload, pending = runtime.wires.uplink.encode(
+            trained.upload, state.committed, progress=instruction.progress, seed=derive_seed(seed, "encode")
+        )
+    reply = Reply(
+        server_round=instruction.server_round,
+        attempt=instruction.attempt,
+        version=state.version,
+        lineage=state.lineage,
+        num_examples=len(client.data.train),
+        num_test_examples=len(client.data.test),
+        payload=payload,
+        shared=scores.get("shared", {}),
+        private=scores.get("private", {}),
+        train=trained.metrics,
+        seconds={
+            "evaluate": started - arrived,
+            "client_train": after_training - started,
+            "encode": perf_counter() - after_training,
+        },
+    )
+    return reply, replace(state, private=trained.private, pending=pending)
+
+
+def _again(last: LastReply, instruction: Instruction) -> Reply:
+    """The reply that was given already, to the same work asked for once more."""
+    return Reply(
+        server_round=instruction.server_round,
+        attempt=instruction.attempt,
+        version=instruction.version,
+        lineage=last.lineage,
+        payload=last.payload,
+        **last.numbers,
+    )

@@ -1,0 +1,400 @@
+"""The exchange: a Flower Strategy that owns its round loop.
+
+Each round: ask unknown nodes who they are, choose clients, bring them to the current version and let them train, decode
+their uploads one at a time in the order of their names, aggregate, encode the broadcast, and apply to the server's own
+copy exactly what clients will decode. `Strategy.start` has no place for skipped rounds or for a run that fails when
+every client does, so it is replaced here.
+"""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from time import monotonic, perf_counter, sleep
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedkd_flwr.algorithms.base import Assignment
+from fedkd_flwr.compressors.payload import PayloadError
+from fedkd_flwr.core.arrays import Arrays
+from fedkd_flwr.core.protocols import Examples
+from fedkd_flwr.core.schedules import progress_of
+from fedkd_flwr.core.seeds import derive_seed
+from fedkd_flwr.flower.aggregators import AGGREGATORS
+from fedkd_flwr.flower.errors import MessageError, RunError
+from fedkd_flwr.flower.mailbox import Mailbox
+from fedkd_flwr.flower.records import EVALUATE, HELLO, TRAIN, Hello, HelloReply, Instruction, Reply
+from fedkd_flwr.flower.reference import Reference
+from fedkd_flwr.flower.roster import Roster, Seat
+from fedkd_flwr.flower.runtime import Runtime
+from fedkd_flwr.measure.ledger import Ledger
+from fedkd_flwr.measure.metrics import weighted_scores
+
+_TTL_MARGIN_SECONDS = 60.0
+_CONNECT_PAUSE_SECONDS = 0.2
+_SERVER = "server"
+
+_log = logging.getLogger("fedkd")
+
+
+@dataclass
+class Round:
+    """What one round gathers on its way to the ledger.
+
+    Attributes:
+        number: 0 before training, 1 to num_rounds, num_rounds + 1 for the final evaluation.
+        progress: share of training done, in [0, 1].
+        version: that clients work from.
+        lineage: of that version.
+        seats: clients chosen, by Flower's node id.
+        accepted: good replies, by client key.
+        rejected: client key and reason of every other outcome.
+        seconds: by name, summed over clients and server.
+        payload_bytes: of the broadcast.
+    """
+
+    number: int
+    progress: float
+    version: int
+    lineage: bytes
+    seats: dict[int, Seat] = field(default_factory=dict)
+    accepted: dict[str, Reply] = field(default_factory=dict)
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    seconds: Counter[str] = field(default_factory=Counter)
+    payload_bytes: int = 0
+
+    def reject(self, client_key: str, reason: str) -> None:
+        """Note that a client's reply does not count, and why."""
+        _log.warning("round %d: reply of %s rejected: %s", self.number, client_key, reason)
+        self.rejected.append((client_key, reason))
+
+    def timed(self, name: str, started: float) -> None:
+        """Add the time since `started` under a name."""
+        self.seconds[name] += perf_counter() - started
+
+
+class Exchange(Strategy):
+    """Moves what an algorithm exchanges between server and clients, and keeps them at the same version.
+
+    Args:
+        runtime: the experiment.
+        ledger: where everything is written down.
+        training_id: names this training on every client's disk.
+    """
+
+    def __init__(self, runtime: Runtime, ledger: Ledger, training_id: str) -> None:
+        wires = runtime.wires
+        self._runtime = runtime
+        self._num_rounds = runtime.experiment.num_rounds
+        self._seed = runtime.experiment.seed
+        self._options = runtime.experiment.server
+        self._ledger = ledger
+        self._training_id = training_id
+        self._test_data: Examples = runtime.task.test_data()
+        self._uplink = wires.uplink if wires else None
+        self._uplink_states: dict[str, Arrays] = {}
+        self._aggregator = AGGREGATORS[self._options.aggregator.name](self._options.aggregator)
+        self._roster = Roster()
+        self._mailbox = Mailbox(ledger, self._options.round_timeout_seconds)
+        self._num_good_rounds = 0
+        self._first_failure = ""
+        self.reference = Reference(
+            runtime.algorithm.shared, wires.downlink if wires else None, runtime.initial, runtime.lineage
+        )
+        self._round = self._new_round(0)
+
+    def summary(self) -> None:
+        """Log what this strategy moves."""
+        exchanges, compressor = self._runtime.algorithm.exchanges, self._runtime.experiment.compressor.name
+        _log.info("%s: exchanges %s through %s", self._runtime.experiment.name, exchanges, compressor)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 0,
+        timeout: float = 0.0,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the whole training. Only `grid` is used: the experiment says the rest, the ledger has the results.
+
+        Raises:
+            RunError: if too few clients connect, or no round had enough good replies.
+        """
+        self.summary()
+        self._connect(grid)
+        self._write_round(version=0, skipped=False)
+        for number in range(1, self._num_rounds + 1):
+            messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
+            self.aggregate_train(number, self._send(grid, messages, TRAIN))
+        if self._num_good_rounds == 0:
+            raise RunError(f"no round had {self._needed()} good replies{self._because()}")
+        final = self._num_rounds + 1
+        messages = self.configure_evaluate(final, ArrayRecord(), ConfigRecord(), grid)
+        self.aggregate_evaluate(final, self._send(grid, messages, EVALUATE))
+        return Result()
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+        """Choose this round's clients and write to each what it needs."""
+        self._round = self._new_round(server_round)
+        self._greet(grid)
+        return self._instruct(self._sample(self._available(grid)), TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Validate, decode, aggregate, advance; or skip the round where good replies are too few."""
+        current = self._round
+        self._accept(replies)
+        counted = sorted(current.accepted)
+        if self._uplink is not None and len(counted) >= self._needed():
+            counted = self._decode_and_aggregate()
+        skipped = len(counted) < self._needed()
+        if not skipped and self._uplink is not None:
+            skipped = not self._advance(counted)
+        self._num_good_rounds += not skipped
+        self._write_round(version=self.reference.version, skipped=skipped)
+        return None, None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Bring every client to the last version and let it score."""
+        self._round = self._new_round(server_round)
+        self._greet(grid)
+        return self._instruct(self._available(grid), EVALUATE)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Write the final scores down."""
+        self._accept(replies)
+        self._write_row("final", version=self.reference.version)
+        return None
+
+    # Who is there
+
+    def _connect(self, grid: Grid) -> None:
+        wanted = self._runtime.experiment.num_clients
+        deadline = monotonic() + self._options.connect_timeout_seconds
+        while True:
+            self._greet(grid)
+            connected = len(self._available(grid))
+            if connected >= wanted:
+                return
+            if monotonic() >= deadline:
+                raise RunError(
+                    f"num_clients: {wanted} clients wanted, {connected} connected within "
+                    f"{self._options.connect_timeout_seconds:g} s{self._because()}; start as many SuperNodes (in "
+                    f"simulation: --federation-config 'num-supernodes={wanted}'), or lower num_clients"
+                )
+            sleep(_CONNECT_PAUSE_SECONDS)
+
+    def _greet(self, grid: Grid) -> None:
+        """Ask every unknown node who it is and what it holds."""
+        live = set(grid.get_node_ids())
+        unknown = [node_id for node_id in self._roster.unknown(live) if node_id not in self._mailbox.busy_nodes()]
+        if not unknown:
+            return
+        hello = Hello(self._training_id, self._runtime.lineage)
+        messages = [Message(hello.to_records(), node_id, HELLO, ttl=self._ttl()) for node_id in unknown]
+        post = self._mailbox.exchange(grid, messages, {}, "hello", self._round.number)
+        for node_id, message in post.replies:
+            try:
+                reply = HelloReply.from_records(_content(message).content)
+            except MessageError as error:
+                self._first_failure = self._first_failure or str(error)
+                _log.warning("node %d did not say who it is: %s", node_id, error)
+                continue
+            if not self._roster.admit(node_id, reply, live):
+                self._first_failure = self._first_failure or f"two live nodes are client {reply.client_key!r}"
+                _log.warning("node %d refused: another live node is client %r", node_id, reply.client_key)
+
+    def _available(self, grid: Grid) -> list[Seat]:
+        busy = self._mailbox.busy_nodes()
+        return [seat for seat in self._roster.available(grid.get_node_ids()) if seat.node_id not in busy]
+
+    def _sample(self, seats: list[Seat]) -> list[Seat]:
+        wanted = self._runtime.experiment.num_sampled
+        if wanted >= len(seats):
+            return seats
+        rng = random.Random(derive_seed(self._seed, "sample", self._round.number))
+        return sorted(rng.sample(seats, wanted), key=lambda seat: seat.client_key)
+
+    # Messages
+
+    def _new_round(self, number: int) -> Round:
+        progress = progress_of(min(max(number, 1), self._num_rounds), self._num_rounds)
+        return Round(number, progress, self.reference.version, self.reference.lineage)
+
+    def _instruct(self, seats: list[Seat], purpose: str) -> list[Message]:
+        current = self._round
+        current.seats = {seat.node_id: seat for seat in seats}
+        messages = []
+        for seat in seats:
+            delivery = self.reference.delivery(seat.version)
+            instruction = Instruction(
+                training_id=self._training_id,
+                server_round=current.number,
+                attempt=1,
+                version=current.version,
+                lineage=current.lineage,
+                progress=current.progress,
+                counted_round=seat.counted_round,
+                base_version=delivery.base_version,
+                payloads=delivery.payloads,
+                snapshot=delivery.snapshot,
+            )
+            # Fresh records for each message: in simulation they reach the client by reference.
+            records = instruction.to_records()
+            messages.append(
+                Message(records, seat.node_id, purpose, ttl=self._ttl(), group_id=str(current.number))
+            )
+        return messages
+
+    def _send(self, grid: Grid, messages: list[Message], purpose: str) -> list[Message]:
+        """The replies to this round's messages; everything else is noted."""
+        current = self._round
+        names = {node_id: seat.client_key for node_id, seat in current.seats.items()}
+        post = self._mailbox.exchange(grid, messages, names, purpose, current.number)
+        for node_id in post.unsent:
+            self._reject(names[node_id], "the node is gone: nothing was sent to it")
+        for node_id in post.silent:
+            self._reject(names[node_id], f"no reply within {self._options.round_timeout_seconds:g} s")
+        for client_key in post.late:
+            current.reject(client_key, "late: the round it replies to was over")
+        self._asked = {reply.metadata.reply_to_message_id: names[node_id] for node_id, reply in post.replies}
+        return [reply for _, reply in post.replies]
+
+    def _ttl(self) -> float:
+        return self._options.round_timeout_seconds + _TTL_MARGIN_SECONDS
+
+    # Replies
+
+    def _accept(self, replies: Iterable[Message]) -> None:
+        current = self._round
+        for message in replies:
+            client_key = self._asked[message.metadata.reply_to_message_id]
+            try:
+                reply = Reply.from_records(_content(message).content, current.lineage)
+                self._check(reply, client_key)
+            except MessageError as error:
+                self._reject(client_key, str(error))
+                continue
+            self._roster.holds(client_key, reply.version)
+            current.seconds.update(reply.seconds)
+            current.accepted[client_key] = reply
+
+    def _check(self, reply: Reply, client_key: str) -> None:
+        current = self._round
+        known = next(seat for seat in current.seats.values() if seat.client_key == client_key)
+        if (reply.server_round, reply.version) != (current.number, current.version):
+            raise MessageError(f"the reply is of round {reply.server_round}, version {reply.version}")
+        if reply.num_examples != known.num_examples:
+            raise MessageError(f"num-examples was {known.num_examples} at first, is {reply.num_examples} now")
+        trains = current.number <= self._num_rounds
+        if (reply.payload is not None) != (trains and self._uplink is not None):
+            raise MessageError("a reply has a payload where, and only where, the algorithm exchanges something")
+
+    def _reject(self, client_key: str, reason: str) -> None:
+        """A reply that does not count; what its client holds is uncertain from here on."""
+        self._round.reject(client_key, reason)
+        self._roster.doubt(client_key)
+        self._first_failure = self._first_failure or reason
+
+    def _needed(self) -> int:
+        return 1 if self._uplink is None else self._options.min_replies
+
+    def _because(self) -> str:
+        return f"; first reason: {self._first_failure}" if self._first_failure else ""
+
+    # From uploads to the next version
+
+    def _decode_and_aggregate(self) -> list[str]:
+        """Decode uploads in the order of names, one dense update at a time; the clients whose upload counts."""
+        assert self._uplink is not None
+        current = self._round
+        counted = []
+        self._aggregator.begin()
+        for client_key, reply in sorted(current.accepted.items()):
+            state = self._uplink_states.get(client_key, self._uplink.initial_state())
+            started = perf_counter()
+            try:
+                upload, state = self._uplink.decode(reply.payload or b"", state)
+            except PayloadError as error:
+                self._reject(client_key, str(error))
+                continue
+            current.timed("decode", started)
+            started = perf_counter()
+            self._aggregator.add(upload, reply.num_examples)
+            current.timed("aggregate", started)
+            self._uplink_states[client_key] = state
+            counted.append(client_key)
+        return counted
+
+    def _advance(self, counted: list[str]) -> bool:
+        """Move the reference by the aggregate. False, and nothing moved, where the aggregate is not finite."""
+        current = self._round
+        assignment = Assignment(current.progress, derive_seed(self._seed, "server", current.number))
+        started = perf_counter()
+        aggregate = self._aggregator.result()
+        broadcast = self._runtime.algorithm.server.broadcast(aggregate, self.reference.shared, assignment)
+        current.timed("aggregate", started)
+        started = perf_counter()
+        seed = derive_seed(assignment.seed, "encode")
+        try:
+            current.payload_bytes = self.reference.advance(broadcast, progress=current.progress, seed=seed)
+        except ValueError as error:
+            current.reject(_SERVER, str(error))
+            return False
+        current.timed("encode", started)
+        for client_key in counted:
+            self._roster.counted(client_key, current.number)
+        return True
+
+    # The ledger
+
+    def _write_round(self, *, version: int, skipped: bool) -> None:
+        current = self._round
+        if skipped:
+            _log.warning("round %d skipped: %d good replies", current.number, len(current.accepted))
+        self._write_row("round", version=version, skipped=skipped, payload_bytes=current.payload_bytes)
+
+    def _write_row(self, kind: str, **values: Any) -> None:
+        """One row: the shared model as it is now, local scores of the version that clients were sent."""
+        current = self._round
+        started = perf_counter()
+        shared_global = self._runtime.algorithm.server.evaluate(self.reference.shared, self._test_data)
+        current.timed("evaluate", started)
+        replies = current.accepted.values()
+        self._ledger.write(
+            kind,
+            round=current.number,
+            **values,
+            local_version=current.version,
+            metrics={
+                "shared_global": shared_global,
+                "shared_local": weighted_scores((r.shared, r.num_test_examples) for r in replies),
+                "private_local": weighted_scores((r.private, r.num_test_examples) for r in replies),
+            },
+            train=weighted_scores((r.train, r.num_examples) for r in replies),
+            clients=sorted(current.accepted),
+            rejected=[{"client": client_key, "reason": reason} for client_key, reason in current.rejected],
+            seconds=dict(current.seconds),
+        )
+
+
+def _content(message: Message) -> Message:
+    """The message, if it has content.
+
+    Raises:
+        MessageError: if it holds an error instead: the last line of what the client raised, or Flower's own reason.
+    """
+    if message.has_content():
+        return message
+    lines = [line.strip() for line in (message.error.reason or "").splitlines() if line.strip()]
+    raise MessageError(lines[-1] if lines else f"Flower error {message.error.code}")

@@ -1,0 +1,130 @@
+"""Sends messages, waits for their replies no longer than asked, and books every byte.
+
+What is unanswered when its time is over stays on the list: its node is busy, gets no further work, and its reply, when
+it comes, is booked as late.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic, sleep
+from typing import Literal
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedkd_flwr.flower.records import payload_bytes_of
+from fedkd_flwr.flower.traffic import traffic_of
+from fedkd_flwr.measure.ledger import Ledger, MessageRow
+
+_FIRST_PAUSE_SECONDS = 0.01
+_LONGEST_PAUSE_SECONDS = 1.0
+NOBODY = "-"  # stands for a node that has not said who it is
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """What came back for one batch of messages.
+
+    Attributes:
+        replies: node id asked, and its reply.
+        unsent: node ids that Flower would not send to.
+        silent: node ids that did not reply in time.
+        late: client keys of replies to earlier batches that came now.
+    """
+
+    replies: tuple[tuple[int, Message], ...]
+    unsent: tuple[int, ...]
+    silent: tuple[int, ...]
+    late: tuple[str, ...]
+
+
+class Mailbox:
+    """All messages of a run pass here.
+
+    Args:
+        ledger: where bytes are booked.
+        timeout_seconds: how long a batch waits for its replies.
+    """
+
+    def __init__(self, ledger: Ledger, timeout_seconds: float) -> None:
+        self._ledger = ledger
+        self._timeout_seconds = timeout_seconds
+        self._unanswered: dict[str, tuple[int, str]] = {}  # message id -> node id, client key
+
+    def busy_nodes(self) -> set[int]:
+        """Nodes that still have a message of an earlier batch."""
+        return {node_id for node_id, _ in self._unanswered.values()}
+
+    def exchange(
+        self, grid: Grid, messages: Sequence[Message], names: Mapping[int, str], purpose: str, server_round: int
+    ) -> Post:
+        """Send a batch and collect its replies.
+
+        Args:
+            grid: Flower's.
+            messages: at most one for each node.
+            names: client key of each node, where known.
+            purpose: for the ledger.
+            server_round: for the ledger.
+        """
+        sent: dict[str, int] = {}
+        unsent: list[int] = []
+        # A list, never a generator: in a deployment a generator fails with an HTTP error.
+        for message, message_id in zip(messages, list(grid.push_messages(list(messages))), strict=True):
+            node_id = message.metadata.dst_node_id
+            if message_id:
+                sent[message_id] = node_id
+                self._book(message, "downlink", names.get(node_id, NOBODY), purpose, server_round)
+            else:
+                unsent.append(node_id)
+        received: list[tuple[int, Message]] = []
+        late: list[str] = []
+        for reply in self._poll(grid, set(sent) | set(self._unanswered), set(sent)):
+            message_id = reply.metadata.reply_to_message_id
+            if message_id in sent:
+                node_id = sent.pop(message_id)
+                client_key = names.get(node_id, NOBODY)
+                received.append((node_id, reply))
+            else:
+                _, client_key = self._unanswered.pop(message_id)
+                late.append(client_key)
+            self._book(reply, "uplink", client_key, purpose, server_round)
+        for message_id, node_id in sent.items():
+            self._unanswered[message_id] = (node_id, names.get(node_id, NOBODY))
+        return Post(tuple(received), tuple(unsent), tuple(sent.values()), tuple(late))
+
+    def _poll(self, grid: Grid, asked: set[str], needed: set[str]) -> Iterator[Message]:
+        """Yield replies as they come, until all that are needed are there or the time is over.
+
+        Polls often at first and after each reply, then less and less.
+        """
+        deadline = monotonic() + self._timeout_seconds
+        pause = _FIRST_PAUSE_SECONDS
+        while needed:
+            received = list(grid.pull_messages(list(asked)))
+            for reply in received:
+                message_id = reply.metadata.reply_to_message_id
+                if message_id in asked:  # each answer counts once
+                    asked.discard(message_id)
+                    needed.discard(message_id)
+                    yield reply
+            if not needed or monotonic() >= deadline:
+                return
+            pause = _FIRST_PAUSE_SECONDS if received else min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
+            sleep(max(0.0, min(pause, deadline - monotonic())))
+
+    def _book(
+        self,
+        message: Message,
+        direction: Literal["downlink", "uplink"],
+        client_key: str,
+        purpose: str,
+        server_round: int,
+    ) -> None:
+        traffic = traffic_of(message, direction)
+        payload_bytes = payload_bytes_of(message.content) if message.has_content() else 0
+        self._ledger.message(
+            MessageRow(
+                server_round, client_key, direction, purpose, payload_bytes, traffic.wire_bytes, traffic.framing_bytes
+            )
+        )

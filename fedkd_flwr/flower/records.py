@@ -1,0 +1,328 @@
+"""Messages as frozen values, and their form as Flower records. Both directions of each live side by side.
+
+A payload travels as one uint8 array: Flower's framing costs about 600 bytes an array. No message holds a path or an
+identifier of variable length, so the size of a message depends on its payload alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedkd_flwr.flower.errors import MessageError
+
+HELLO = "query.hello"
+TRAIN = "train"
+EVALUATE = "evaluate"
+
+LINEAGE_BYTES = 32
+_UNKNOWN_VERSION = -1
+_NPY_HEADER_BYTES = 128  # an array travels as numpy.save writes it
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who are you, and what do you hold?
+
+    Attributes:
+        training_id: names the training, 16 hexadecimal digits.
+        initial_digest: of version 0 as the server built it, 32 bytes.
+    """
+
+    training_id: str
+    initial_digest: bytes
+
+    def to_records(self) -> RecordDict:
+        """As Flower records."""
+        config = ConfigRecord({"training-id": self.training_id, "initial-digest": self.initial_digest})
+        return RecordDict({"config": config})
+
+    @classmethod
+    def from_records(cls, content: RecordDict) -> "Hello":
+        """Read what `to_records` wrote."""
+        config = _config(content)
+        return cls(_take(config, "training-id", str), _digest(config, "initial-digest"))
+
+
+@dataclass(frozen=True, slots=True)
+class HelloReply:
+    """What a client is and holds.
+
+    Attributes:
+        client_key: the client's lasting name.
+        version: the version it holds; None where it could not build version 0 as the server did.
+        lineage: of that version, 32 bytes.
+        num_examples: its training examples.
+    """
+
+    client_key: str
+    version: int | None
+    lineage: bytes
+    num_examples: int
+
+    def to_records(self) -> RecordDict:
+        """As Flower records."""
+        version = _UNKNOWN_VERSION if self.version is None else self.version
+        config = ConfigRecord(
+            {
+                "client-key": self.client_key,
+                "version": version,
+                "lineage": self.lineage,
+                "num-examples": self.num_examples,
+            }
+        )
+        return RecordDict({"config": config})
+
+    @classmethod
+    def from_records(cls, content: RecordDict) -> "HelloReply":
+        """Read what `to_records` wrote."""
+        config = _config(content)
+        version = _take(config, "version", int)
+        num_examples = _take(config, "num-examples", int)
+        if num_examples < 1:
+            raise MessageError(f"num-examples must be at least 1, got {num_examples}")
+        key = _take(config, "client-key", str)
+        return cls(key, None if version < 0 else version, _digest(config, "lineage"), num_examples)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """Reach this version, then do what the message's type says.
+
+    Attributes:
+        training_id: names the training.
+        server_round: 1 to num_rounds; num_rounds + 1 for the final evaluation.
+        attempt: 1, and one more for each retry within the round.
+        version: the version to work from.
+        lineage: of that version, 32 bytes.
+        progress: share of training done, in [0, 1].
+        counted_round: round of this client's last reply that entered an aggregate; 0 where none did.
+        base_version: version that the first of `payloads` applies to.
+        payloads: broadcasts from `base_version` to `version`.
+        snapshot: the whole of `version`, instead of payloads.
+    """
+
+    training_id: str
+    server_round: int
+    attempt: int
+    version: int
+    lineage: bytes
+    progress: float
+    counted_round: int
+    base_version: int
+    payloads: tuple[bytes, ...] = ()
+    snapshot: bytes | None = None
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of what brings the client up to date."""
+        return len(self.snapshot) if self.snapshot is not None else sum(map(len, self.payloads))
+
+    def to_records(self) -> RecordDict:
+        """As Flower records."""
+        config = ConfigRecord(
+            {
+                "training-id": self.training_id,
+                "server-round": self.server_round,
+                "attempt": self.attempt,
+                "version": self.version,
+                "lineage": self.lineage,
+                "progress": self.progress,
+                "counted-round": self.counted_round,
+            }
+        )
+        content = RecordDict({"config": config})
+        if self.snapshot is not None:
+            config["snapshot"] = True
+            content["arrays"] = _arrays(self.snapshot)
+        elif self.payloads:
+            config["sizes"] = [len(payload) for payload in self.payloads]
+            content["arrays"] = _arrays(b"".join(self.payloads))
+        return content
+
+    @classmethod
+    def from_records(cls, content: RecordDict) -> "Instruction":
+        """Read what `to_records` wrote."""
+        config = _config(content)
+        data = _payload(content)
+        snapshot = data if config.get("snapshot") is True else None
+        sizes = config.get("sizes", [])
+        if not isinstance(sizes, list) or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise MessageError(f"sizes must be a list of positive integers, got {sizes!r}")
+        payloads = _split(data or b"", sizes) if snapshot is None else ()
+        version = _take(config, "version", int)
+        if version < len(payloads):
+            raise MessageError(f"version must be at least {len(payloads)} for as many payloads, got {version}")
+        return cls(
+            training_id=_take(config, "training-id", str),
+            server_round=_take(config, "server-round", int),
+            attempt=_take(config, "attempt", int),
+            version=version,
+            lineage=_digest(config, "lineage"),
+            progress=_take(config, "progress", float),
+            counted_round=_take(config, "counted-round", int),
+            base_version=version - len(payloads),
+            payloads=payloads,
+            snapshot=snapshot,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a client did.
+
+    Attributes:
+        server_round: of the instruction.
+        attempt: of the instruction.
+        version: that the client worked from.
+        lineage: of that version, 32 bytes; seven of them travel.
+        num_examples: training examples.
+        num_test_examples: examples that the scores are means over.
+        payload: encoded upload; None where nothing is exchanged.
+        shared: scores of the shared model, before training.
+        private: scores of the private model, before training.
+        train: means over the local training steps.
+        seconds: by name: client_train, evaluate, encode, decode.
+    """
+
+    server_round: int
+    attempt: int
+    version: int
+    lineage: bytes
+    num_examples: int
+    num_test_examples: int
+    payload: bytes | None = None
+    shared: Mapping[str, float] = field(default_factory=dict)
+    private: Mapping[str, float] = field(default_factory=dict)
+    train: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the upload."""
+        return len(self.payload) if self.payload is not None else 0
+
+    def to_records(self) -> RecordDict:
+        """As Flower records: one array, and one metric record with groups told apart by a letter."""
+        metrics = MetricRecord(
+            {
+                "num-examples": self.num_examples,
+                "num-test-examples": self.num_test_examples,
+                "server-round": self.server_round,
+                "attempt": self.attempt,
+                "version": self.version,
+                "lineage": short_lineage(self.lineage),
+            }
+        )
+        for letter, group in _groups(self).items():
+            for name, value in group.items():
+                metrics[f"{letter}.{name}"] = float(value)
+        content = RecordDict({"metrics": metrics})
+        if self.payload is not None:
+            content["arrays"] = _arrays(self.payload)
+        return content
+
+    @classmethod
+    def from_records(cls, content: RecordDict, lineage: bytes) -> "Reply":
+        """Read what `to_records` wrote.
+
+        Args:
+            content: the reply's records.
+            lineage: of the version that the instruction named; a reply from another one is refused.
+        """
+        record = content.metric_records.get("metrics")
+        if record is None:
+            raise MessageError("a reply needs a metric record 'metrics'")
+        metrics = dict(record)
+        if _take(metrics, "lineage", int) != short_lineage(lineage):
+            raise MessageError("the client works from another lineage than the server")
+        groups: dict[str, dict[str, float]] = {"s": {}, "p": {}, "t": {}, "c": {}}
+        for name, value in metrics.items():
+            letter, separator, rest = name.partition(".")
+            if separator and letter in groups:
+                if not isinstance(value, float) or not np.isfinite(value):
+                    raise MessageError(f"metric {name!r} must be a finite number, got {value!r}")
+                groups[letter][rest] = value
+        counts = {key: _take(metrics, key, int) for key in ("num-examples", "num-test-examples")}
+        for key, value in counts.items():
+            if value < 1:
+                raise MessageError(f"{key} must be at least 1, got {value}")
+        return cls(
+            server_round=_take(metrics, "server-round", int),
+            attempt=_take(metrics, "attempt", int),
+            version=_take(metrics, "version", int),
+            lineage=lineage,
+            num_examples=counts["num-examples"],
+            num_test_examples=counts["num-test-examples"],
+            payload=_payload(content),
+            shared=groups["s"],
+            private=groups["p"],
+            train=groups["t"],
+            seconds=groups["c"],
+        )
+
+
+def short_lineage(lineage: bytes) -> int:
+    """Seven bytes of a lineage as an integer that fits a metric."""
+    return int.from_bytes(lineage[:7], "little")
+
+
+def payload_bytes_of(content: RecordDict) -> int:
+    """Bytes of the packed payload in a message, without looking at it."""
+    record = content.array_records.get("arrays")
+    return sum(max(0, len(array.data) - _NPY_HEADER_BYTES) for array in record.values()) if record else 0
+
+
+def _groups(reply: Reply) -> dict[str, Mapping[str, float]]:
+    return {"s": reply.shared, "p": reply.private, "t": reply.train, "c": reply.seconds}
+
+
+def _arrays(data: bytes) -> ArrayRecord:
+    return ArrayRecord({"payload": Array(np.frombuffer(data, np.uint8))})
+
+
+def _payload(content: RecordDict) -> bytes | None:
+    record = content.array_records.get("arrays")
+    if record is None:
+        return None
+    if list(record) != ["payload"]:
+        raise MessageError("arrays must hold one array named 'payload'")
+    try:
+        values = record["payload"].numpy()
+    except Exception as error:  # Flower's own reader of untrusted bytes raises many kinds
+        raise MessageError(f"payload can't be read: {error}") from None
+    if values.dtype != np.uint8 or values.ndim != 1:
+        raise MessageError(f"payload must be one axis of uint8, got {values.dtype} with {values.ndim} axes")
+    return values.tobytes()
+
+
+def _split(data: bytes, sizes: list[int]) -> tuple[bytes, ...]:
+    if sum(sizes) != len(data):
+        raise MessageError(f"payloads must have {sum(sizes)} bytes together, got {len(data)}")
+    ends = np.cumsum([0, *sizes]).tolist()
+    return tuple(data[start:end] for start, end in zip(ends, ends[1:], strict=False))
+
+
+def _config(content: RecordDict) -> ConfigRecord:
+    record = content.config_records.get("config")
+    if record is None:
+        raise MessageError("a message needs a config record 'config'")
+    return record
+
+
+def _take(record: Mapping[str, object], key: str, kind: type[T]) -> T:
+    value = record.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise MessageError(f"{key} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _digest(record: Mapping[str, object], key: str) -> bytes:
+    value = _take(record, key, bytes)
+    if len(value) != LINEAGE_BYTES:
+        raise MessageError(f"{key} must have {LINEAGE_BYTES} bytes, got {len(value)}")
+    return value

@@ -1,0 +1,59 @@
+"""An experiment brought to life, once for each process."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from fedkd_flwr.algorithms import Algorithm
+from fedkd_flwr.algorithms.base import Wires
+from fedkd_flwr.core.arrays import Arrays
+from fedkd_flwr.core.protocols import Task
+from fedkd_flwr.experiment import Experiment, parse
+from fedkd_flwr.flower.lineage import initial_lineage
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What both ends build from the same experiment.
+
+    Attributes:
+        experiment: the validated configuration.
+        task: data and models.
+        algorithm: both halves.
+        wires: the codec of each direction; None where nothing is exchanged.
+        initial: version 0 of the shared arrays.
+        lineage: of version 0.
+    """
+
+    experiment: Experiment
+    task: Task
+    algorithm: Algorithm
+    wires: Wires | None
+    initial: Arrays
+    lineage: bytes
+
+
+def runtime_of(experiment: Experiment) -> Runtime:
+    """Build the experiment, or give the one that this process has built already.
+
+    Limits torch and BLAS to one thread: two busy processes with two threads each on two cores run a hundred times
+    slower, and the number of threads decides the last bits of a sum.
+
+    Raises:
+        ConfigError: if it can't be built.
+    """
+    torch.set_num_threads(1)
+    threadpool_limits(1)
+    return _built(experiment.to_yaml())
+
+
+@lru_cache(maxsize=1)
+def _built(text: str) -> Runtime:
+    experiment = parse(text)
+    task = experiment.build_task()
+    algorithm = experiment.build_algorithm(task)
+    initial = algorithm.shared.initial()
+    wires = algorithm.shared.wires(experiment.compressor.build)
+    return Runtime(experiment, task, algorithm, wires, initial, initial_lineage(initial))

@@ -1,0 +1,124 @@
+"""Flower's run config and node config, read once at each end.
+
+The run config stays small: `config` (path of the YAML, relative to the app), `config-text` (YAML that wins over it),
+`set` (overrides, as a shell would split them), `output-dir`, `run-name`, `state-dir`, `code-digest`.
+"""
+
+import hashlib
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import fedkd_flwr
+from fedkd_flwr.experiment import NAME_PATTERN, ConfigError, Experiment, load, parse
+
+UserConfig = Mapping[str, bool | float | int | str]
+
+APP_FILES = ("server_app.py", "client_app.py")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What a server run needs beside the grid.
+
+    Attributes:
+        experiment: the validated configuration.
+        run_dir: where the ledger and the results go; not made yet.
+    """
+
+    experiment: Experiment
+    run_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """What a client needs beside the message.
+
+    Attributes:
+        experiment: the validated configuration.
+        state_dir: root of client states on this machine.
+        client_key: the client's lasting name.
+        partition_id: which part of the task's data is its own.
+    """
+
+    experiment: Experiment
+    state_dir: Path
+    client_key: str
+    partition_id: int
+
+
+def server_settings(run_config: UserConfig, app_dir: Path) -> ServerSettings:
+    """Read a run config on the server.
+
+    Raises:
+        ConfigError: if the experiment can't be run as written.
+    """
+    experiment = _experiment(run_config, app_dir)
+    root = _directory(run_config.get("output-dir")) or _flower_home() / "fedkd" / "results"
+    name = str(run_config.get("run-name") or datetime.now().strftime("%Y%m%d-%H%M%S-%f"))
+    return ServerSettings(experiment, root / experiment.name / name)
+
+
+def client_settings(run_config: UserConfig, node_config: UserConfig, app_dir: Path) -> ClientSettings:
+    """Read run config and node config on a client.
+
+    Raises:
+        ConfigError: if the experiment can't be run as written, or the node is not told which client it is.
+    """
+    experiment = _experiment(run_config, app_dir)
+    partition_id = node_config.get("partition-id")
+    if not isinstance(partition_id, int) or isinstance(partition_id, bool):
+        raise ConfigError(f"node config: partition-id must be an integer from 0, got {partition_id!r}")
+    if not 0 <= partition_id < experiment.num_clients:
+        raise ConfigError(
+            f"node config: partition-id must be in [0, {experiment.num_clients - 1}] for num_clients "
+            f"{experiment.num_clients}, got {partition_id}"
+        )
+    key = str(node_config.get("client-id", f"{partition_id:05d}"))
+    if not re.fullmatch(NAME_PATTERN, key):
+        raise ConfigError(f"node config: client-id must match {NAME_PATTERN}, got {key!r}")
+    state_dir = _directory(node_config.get("state-dir")) or _directory(run_config.get("state-dir"))
+    return ClientSettings(experiment, state_dir or _flower_home() / "fedkd" / "state", key, partition_id)
+
+
+def code_digest(app_dir: Path) -> str:
+    """Digest of the package's files and both apps, as they are where this runs."""
+    package = Path(fedkd_flwr.__file__).parent
+    state = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        state.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    for name in APP_FILES:
+        state.update(name.encode() + b"\0" + (app_dir / name).read_bytes())
+    return state.hexdigest()
+
+
+def _experiment(run_config: UserConfig, app_dir: Path) -> Experiment:
+    _check_code(str(run_config.get("code-digest", "")), app_dir)
+    overrides = shlex.split(str(run_config.get("set", "")))
+    if text := str(run_config.get("config-text", "")):
+        return parse(text, overrides, source="config-text")
+    path = str(run_config.get("config", ""))
+    if not path:
+        raise ConfigError("run config: config must be the path of a YAML file in the app, got nothing")
+    return load(app_dir / path, overrides)
+
+
+def _check_code(expected: str, app_dir: Path) -> None:
+    """Refuse to run other code than was started: a package imported from elsewhere shadows the one that was sent."""
+    if expected and (found := code_digest(app_dir)) != expected:
+        raise ConfigError(
+            f"code-digest: this process runs {Path(fedkd_flwr.__file__).parent} with apps from {app_dir}, which is "
+            f"other code than was started ({found[:12]} != {expected[:12]}); stop the old SuperLink or reinstall"
+        )
+
+
+def _directory(value: object) -> Path | None:
+    return Path(str(value)).expanduser().resolve() if value else None
+
+
+def _flower_home() -> Path:
+    return Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()

@@ -1,0 +1,36 @@
+"""Bytes of a message as it travels.
+
+Flower sends a message as a tree of objects. `wire_bytes` are the serialised objects of its content and an envelope that
+is constant but for a few bytes of random identifiers; `framing_bytes` are the identifiers that Flower's object protocol
+adds. Together they match the network traffic that Flower itself reports within 1 %.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flwr.app import Message
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
+
+# Measured on flwr 1.41: the Message object itself, and the object tree announced and confirmed.
+ENVELOPE_BYTES = {"downlink": 140, "uplink": 208}
+FRAMING_BYTES = {"downlink": (66, 146), "uplink": (134, 308)}
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes of one message."""
+
+    wire_bytes: int
+    framing_bytes: int
+
+
+def traffic_of(message: Message, direction: Literal["downlink", "uplink"]) -> Traffic:
+    """Count the bytes of a message; one that holds an error has no content."""
+    content_bytes, num_objects = 0, 1
+    if message.has_content():
+        with no_object_id_recompute():
+            objects = get_all_nested_objects(message.content)
+            content_bytes = sum(len(item.deflate()) for item in objects.values())
+        num_objects += len(objects)
+    per_object, constant = FRAMING_BYTES[direction]
+    return Traffic(content_bytes + ENVELOPE_BYTES[direction], per_object * num_objects + constant)

@@ -1,0 +1,1 @@
+"""What happened: rows of a ledger, and what they add up to."""

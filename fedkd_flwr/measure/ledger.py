@@ -1,0 +1,98 @@
+"""The ledger: one JSON row for everything that happened in a run, appended as it happens.
+
+Row kinds: `start` (who, with what), `message` (bytes of one message), `round` (metrics, counts, seconds), `final` (the
+evaluation on all clients at the end), `end` (status). A row is written whole or, if the process dies, not at all as
+far as a reader can tell: an unfinished last line is left out.
+"""
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+Row = dict[str, Any]
+Listener = Callable[[Row], None]
+
+LEDGER_FILE = "ledger.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class MessageRow:
+    """Bytes of one message.
+
+    Attributes:
+        round: 1 to num_rounds; 0 before the first, num_rounds + 1 for the final evaluation.
+        node: client_key of the other end, or "-" where it is not known yet.
+        direction: "downlink" to a client, "uplink" from it.
+        purpose: "hello", "train" or "evaluate".
+        payload_bytes: the packed payload in it.
+        wire_bytes: the serialised message, payload included.
+        framing_bytes: what Flower adds to move the message's objects.
+    """
+
+    round: int
+    node: str
+    direction: Literal["downlink", "uplink"]
+    purpose: str
+    payload_bytes: int
+    wire_bytes: int
+    framing_bytes: int
+
+
+class Ledger:
+    """Appends rows to `directory`/ledger.jsonl and tells a listener."""
+
+    def __init__(self, directory: Path, listener: Listener | None = None) -> None:
+        self._file = (directory / LEDGER_FILE).open("a", encoding="utf-8")
+        self._listener = listener
+        self._started = time.monotonic()
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append one row of a kind."""
+        row: Row = {"kind": kind, "elapsed_seconds": round(time.monotonic() - self._started, 4), **values}
+        self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        self._file.flush()
+        if self._listener:
+            self._listener(row)
+
+    def message(self, row: MessageRow) -> None:
+        """Append the bytes of one message."""
+        self.write("message", **asdict(row))
+
+    def close(self) -> None:
+        """Make what was written durable."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every NaN and infinity, which JSON can't hold: a diverged model has such a loss."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Rows of a ledger file, without an unfinished last line."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def environment() -> Mapping[str, str | int]:
+    """What the run ran on."""
+    return {
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "flwr": version("flwr"),
+        "cpu_count": os.cpu_count() or 1,
+    }

@@ -1,0 +1,28 @@
+"""Metrics over clients and over rounds."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+Scores = Mapping[str, float]
+
+SCOPES = ("shared_global", "shared_local", "private_local")
+
+
+def weighted_scores(scores: Iterable[tuple[Scores, float]]) -> dict[str, float] | None:
+    """Mean of each metric over clients, weighted; None where no client reported any.
+
+    Args:
+        scores: metrics by name, and the weight of the client, > 0 (its number of test examples).
+    """
+    totals: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for metrics, weight in scores:
+        for name, value in metrics.items():
+            totals[name] = totals.get(name, 0.0) + weight * value
+            weights[name] = weights.get(name, 0.0) + weight
+    return {name: total / weights[name] for name, total in totals.items()} or None
+
+
+def last_mean(values: Sequence[float], count: int = 3) -> float | None:
+    """Mean of the last `count` values: steadier than the last one alone. None where there are none."""
+    tail = values[-count:]
+    return sum(tail) / len(tail) if tail else None

@@ -1,0 +1,86 @@
+"""What a ledger adds up to: the stable `summary.json`."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
+from fedkd_flwr.measure.metrics import SCOPES
+
+SUMMARY_FILE = "summary.json"
+SECONDS = ("client_train", "encode", "decode", "aggregate")
+FLOAT_BYTES = 4
+BOTH_WAYS = 2
+
+
+def summarise(rows: Iterable[Row]) -> dict[str, Any]:
+    """The summary of a run, from its ledger alone.
+
+    Bytes are those of every serialised message, whatever it was for. `dense_teacher_equivalent` is what FedAvg of the
+    teacher would have moved with the same participation: two float32 copies of its trainable parameters for each
+    training message; `dense_student_equivalent` likewise.
+    """
+    start: Row = {}
+    end: Row = {"status": "unfinished", "elapsed_seconds": 0.0}
+    wire = {"uplink": 0, "downlink": 0}
+    seconds = dict.fromkeys(SECONDS, 0.0)
+    num_trainings = 0
+    metrics: dict[str, Any] = dict.fromkeys(SCOPES)
+    for row in rows:
+        if row["kind"] == "start":
+            start = row
+        elif row["kind"] == "message":
+            wire[row["direction"]] += row["wire_bytes"]
+            num_trainings += row["purpose"] == "train" and row["direction"] == "downlink"
+        elif row["kind"] in ("round", "final"):
+            metrics |= {scope: row["metrics"][scope] for scope in SCOPES if row["metrics"].get(scope)}
+            for name in SECONDS:
+                seconds[name] += row["seconds"].get(name, 0.0)
+        if row["kind"] == "end":
+            end = row
+        else:
+            end = end | {"elapsed_seconds": row["elapsed_seconds"]}
+    facts = ("experiment", "task", "algorithm", "compressor", "aggregator", "seed", "num_clients", "num_rounds")
+    return {
+        **{fact: start.get(fact) for fact in facts},
+        "status": end["status"],
+        "metrics": metrics,
+        "bytes": _bytes(start, wire, num_trainings),
+        "seconds": {"wall": end["elapsed_seconds"], **{k: round(v, 4) for k, v in seconds.items()}},
+        "environment": start.get("environment"),
+    }
+
+
+def _bytes(start: Row, wire: Mapping[str, int], num_trainings: int) -> dict[str, Any]:
+    total = wire["uplink"] + wire["downlink"]
+    dense_copy = BOTH_WAYS * FLOAT_BYTES * num_trainings
+    dense_teacher = dense_copy * start.get("num_teacher_parameters", 0)
+    return {
+        "uplink": wire["uplink"],
+        "downlink": wire["downlink"],
+        "total": total,
+        "per_client": round(total / start.get("num_clients", 1)),
+        "dense_teacher_equivalent": dense_teacher,
+        "dense_student_equivalent": dense_copy * start.get("num_student_parameters", 0),
+        "reduction_vs_dense_teacher": 1 - total / dense_teacher if dense_teacher else None,
+    }
+
+
+def write_summary(directory: Path) -> dict[str, Any]:
+    """Write summary.json beside the ledger, whole or not at all, and return it."""
+    summary = summarise(read_rows(directory / LEDGER_FILE))
+    partial = directory / f".{SUMMARY_FILE}.partial"
+    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, directory / SUMMARY_FILE)
+    return summary
+
+
+def read_summary(directory: Path) -> dict[str, Any] | None:
+    """The summary of a finished run, or None where there is none."""
+    path = directory / SUMMARY_FILE
+    if not path.is_file():
+        return None
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return summary

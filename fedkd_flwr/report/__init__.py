@@ -1,0 +1,3 @@
+"""Tables and figures, drawn from ledgers."""
+
+def write_report(dirs): pass

@@ -1,0 +1,54 @@
+"""What tasks share: options, examples held as tensors, and the student that is cut from its teacher."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from fedkd_flwr.core.protocols import Batch, Task
+
+
+class TaskOptions(BaseModel, ABC, extra="forbid", frozen=True):
+    """Options of one task, `name` first. They build the task for a number of clients."""
+
+    name: str
+
+    @abstractmethod
+    def build(self, num_clients: int, seed: int) -> Task:
+        """The task, its data divided among `num_clients`.
+
+        Raises:
+            ValueError: if the data can't be divided so; the message starts with the key to change.
+        """
+
+
+class TensorExamples:
+    """Examples held in memory: one tensor for each model input, first axis the examples."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self._length = len(next(iter(self._tensors.values())))
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return self._length
+
+    def batches(self, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+        """All examples once, in batches; shuffled by `seed`, in order when it is None."""
+        order = torch.arange(self._length)
+        if seed is not None:
+            order = torch.randperm(self._length, generator=torch.Generator().manual_seed(seed))
+        for indices in order.split(batch_size):
+            yield {name: tensor[indices] for name, tensor in self._tensors.items()}
+
+
+def copy_shared_tensors(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the values of every tensor that `source` has under the same name and shape.
+
+    A student with fewer layers than its teacher thus becomes the teacher's first layers, embeddings and head.
+    """
+    values = source.state_dict()
+    matching = {n: values[n] for n, t in target.state_dict().items() if n in values and values[n].shape == t.shape}
+    target.load_state_dict(matching, strict=False)

@@ -1,0 +1,172 @@
+"""Handwritten digits: 1,797 real 8x8 grey images that ship with scikit-learn, in ten classes.
+
+Teacher and student are Hugging Face Vision Transformers over 2x2 patches. The student is the teacher's first layers, or
+a model of its own where it has another width.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, model_validator
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+from fedkd_flwr.core.losses import NO_LABEL, cross_entropy
+from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Models, Outputs
+from fedkd_flwr.core.seeds import derive_seed
+from fedkd_flwr.tasks.base import TaskOptions, TensorExamples, copy_shared_tensors
+from fedkd_flwr.tasks.partition import DirichletPartition, Partition, partition_indices
+
+NUM_CLASSES = 10
+PIXELS_PER_SIDE = 8
+MAX_PIXEL = 16.0  # the bundled images count dark pixels of a 4x4 block: 0 to 16
+TEST_FRACTION = 0.2  # 360 of 1,797 images, the same for every seed
+EVALUATION_BATCH = 256
+
+
+class VitOptions(BaseModel, extra="forbid", frozen=True):
+    """Size of a Vision Transformer."""
+
+    num_layers: int = Field(6, ge=1)
+    hidden_size: int = Field(64, ge=1)
+    num_heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(256, ge=1)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads must divide hidden_size {self.hidden_size}, got {self.num_heads}")
+        return self
+
+
+class DigitsOptions(TaskOptions):
+    """Options of the digits task.
+
+    Attributes:
+        partition: how the training images are divided.
+        client_test_fraction: share of a client's images that it keeps for its own score, in (0, 1).
+        teacher: the large model.
+        student: the small model; no deeper than the teacher.
+    """
+
+    name: Literal["digits"] = "digits"
+    partition: Partition = DirichletPartition()
+    client_test_fraction: float = Field(0.2, gt=0, lt=1)
+    teacher: VitOptions = VitOptions()
+    student: VitOptions = VitOptions(num_layers=2)
+
+    @model_validator(mode="after")
+    def _student_within_teacher(self) -> Self:
+        if self.student.num_layers > self.teacher.num_layers:
+            raise ValueError(
+                f"student.num_layers must be at most teacher.num_layers ({self.teacher.num_layers}), "
+                f"got {self.student.num_layers}"
+            )
+        return self
+
+    def build(self, num_clients: int, seed: int) -> "Digits":
+        """The task, its training images divided among `num_clients`."""
+        return Digits(self, num_clients, seed)
+
+
+class Digits:
+    """The digits task; see the module's text."""
+
+    def __init__(self, options: DigitsOptions, num_clients: int, seed: int) -> None:
+        self._options = options
+        self._seed = seed
+        self._images, self._labels, self._train_rows, self._test_rows = _digits()
+        labels = self._labels[self._train_rows].tolist()
+        self._partition = partition_indices(labels, options.partition, num_clients, derive_seed(seed, "partition"))
+
+    def client_data(self, partition_id: int) -> ClientData:
+        """Data of one client: its part of the training images, divided again into train and test.
+
+        Raises:
+            ValueError: if there is no such client.
+        """
+        if not 0 <= partition_id < len(self._partition):
+            raise ValueError(f"partition-id must be in [0, {len(self._partition) - 1}], got {partition_id}")
+        rows = self._train_rows[np.array(self._partition[partition_id])]
+        rng = np.random.default_rng(derive_seed(self._seed, "client split", partition_id))
+        num_test = min(max(1, round(len(rows) * self._options.client_test_fraction)), len(rows) - 1)
+        shuffled = rng.permutation(rows)
+        return ClientData(train=self._examples(shuffled[num_test:]), test=self._examples(shuffled[:num_test]))
+
+    def test_data(self) -> Examples:
+        """The server's 360 images."""
+        return self._examples(self._test_rows)
+
+    def build_models(self, seed: int) -> Models:
+        """Teacher with random weights from `seed`; the student is cut from it where shapes agree."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            teacher = _vit(self._options.teacher)
+            student = _vit(self._options.student)
+        copy_shared_tensors(teacher, student)
+        return Models(teacher, student)
+
+    def example_batch(self) -> Batch:
+        """A blank image."""
+        side = PIXELS_PER_SIDE
+        return {"pixel_values": torch.zeros(1, 1, side, side), "labels": torch.zeros(1, dtype=torch.int64)}
+
+    def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
+        """Run a Vision Transformer on images of shape [batch, 1, 8, 8]."""
+        out = model(
+            pixel_values=batch["pixel_values"], output_hidden_states=hidden_states, output_attentions=attentions
+        )
+        return Outputs(out.logits, batch["labels"], out.hidden_states, out.attentions)
+
+    def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        """Accuracy in [0, 1] and cross-entropy in nats."""
+        model.eval()
+        correct, loss = 0, 0.0
+        with torch.inference_mode():
+            for batch in examples.batches(EVALUATION_BATCH):
+                out = self.forward(model, batch, hidden_states=False, attentions=False)
+                correct += int((out.logits.argmax(dim=-1) == out.labels).sum())
+                loss += float(cross_entropy(out.logits, out.labels)) * int((out.labels != NO_LABEL).sum())
+        return {"accuracy": correct / len(examples), "loss": loss / len(examples)}
+
+    def export(self, model: nn.Module, directory: Path) -> None:
+        """Write a directory that `ViTForImageClassification.from_pretrained` loads."""
+        model.save_pretrained(directory)  # type: ignore[operator]
+
+    def _examples(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> TensorExamples:
+        return TensorExamples({"pixel_values": self._images[rows], "labels": self._labels[rows]})
+
+
+@cache
+def _digits() -> tuple[torch.Tensor, torch.Tensor, Any, Any]:
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels / MAX_PIXEL, dtype=torch.float32).reshape(-1, 1, PIXELS_PER_SIDE, PIXELS_PER_SIDE)
+    # One split for every seed, so that results of different seeds are scored on the same images.
+    train, test = train_test_split(np.arange(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=0)
+    return images, torch.tensor(labels, dtype=torch.int64), train, test
+
+
+def _vit(options: VitOptions) -> nn.Module:
+    # Imported here: it takes seconds, and checking a configuration should not.
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        image_size=PIXELS_PER_SIDE,
+        patch_size=2,
+        num_channels=1,
+        num_hidden_layers=options.num_layers,
+        hidden_size=options.hidden_size,
+        num_attention_heads=options.num_heads,
+        intermediate_size=options.intermediate_size,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=NUM_CLASSES,
+        id2label={label: str(label) for label in range(NUM_CLASSES)},
+        label2id={str(label): label for label in range(NUM_CLASSES)},
+        attn_implementation="eager",  # the others return no attention maps
+    )
+    return ViTForImageClassification(config)
