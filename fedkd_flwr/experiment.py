@@ -52,7 +52,7 @@ class AggregatorOptions(BaseModel, extra="forbid", frozen=True):
 
     Attributes:
         name: "fedavg", the mean.
-        weighting: "uniform" counts every client alike, as the FedKD paper does; "num_examples" by its training examples.
+        weighting: "uniform" counts every client alike, as the FedKD paper does; "num_examples" by its training data.
     """
 
     name: Literal["fedavg"] = "fedavg"

@@ -92,9 +92,7 @@ class FedKDOptions(AlgorithmOptions):
 class FedKDClient:
     """Client half: teacher and student take every batch together, one forward pass each."""
 
-    def __init__(
-        self, task: Task, models: Models, shared: SharedModel, options: FedKDOptions, seed: int
-    ) -> None:
+    def __init__(self, task: Task, models: Models, shared: SharedModel, options: FedKDOptions, seed: int) -> None:
         self._task = task
         self._teacher = models.teacher
         self._shared = shared
@@ -197,9 +195,7 @@ class FedKDClient:
         return arrays | {_NUM_ROUNDS_TRAINED: np.array(num_rounds_trained)}
 
 
-def _mapped_layers(
-    task: Task, models: Models, options: FedKDOptions
-) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+def _mapped_layers(task: Task, models: Models, options: FedKDOptions) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
     """Teacher layer for each student layer, and the (student, teacher) width of each pair; empty where none is needed.
 
     One blank example tells what the models return, before any client trains.

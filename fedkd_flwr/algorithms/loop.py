@@ -124,5 +124,3 @@ def train_supervised(
 
     module.train()
     return {name: float(np.mean(values)) for name, values in run_epochs(examples, local, seed, step).items()}
-
-

@@ -8,3 +8,5 @@ COMPRESSORS: dict[str, type[CompressorOptions]] = {
     "identity": IdentityOptions,
     "svd": SvdOptions,
 }
+
+__all__ = ["COMPRESSORS", "CompressorOptions"]

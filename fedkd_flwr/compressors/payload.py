@@ -188,9 +188,7 @@ def _num_values(tensor: TensorSpec, form: Form, rank: int) -> int:
     return tensor.size if form is Form.DENSE_FLOAT32 else 0
 
 
-def _values(
-    payload: bytes, offset: int, shape: tuple[int, ...], tensor: TensorSpec
-) -> tuple[NDArray[np.float32], int]:
+def _values(payload: bytes, offset: int, shape: tuple[int, ...], tensor: TensorSpec) -> tuple[NDArray[np.float32], int]:
     count = int(np.prod(shape, dtype=np.int64))
     values = np.frombuffer(payload, _FLOAT, count, offset).astype(np.float32).reshape(shape)
     if not np.isfinite(values).all():

@@ -1,6 +1,6 @@
 """Named arrays: what a model is once it leaves torch, and the arithmetic of updates.
 
-Arrays are float32 unless a spec says otherwise. Every function returns new arrays and leaves its arguments as they were.
+Arrays are float32 masters. Every function returns new arrays and leaves its arguments as they were.
 """
 
 import hashlib

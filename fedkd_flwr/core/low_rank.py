@@ -63,7 +63,7 @@ def factorise(matrix: Matrix, energy: float) -> tuple[Matrix, Matrix]:
     """
     try:
         u, s, vt = torch.linalg.svd(torch.from_numpy(np.ascontiguousarray(matrix)), full_matrices=False)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise np.linalg.LinAlgError(str(error)) from error
     rank = smallest_rank(s.numpy(), energy)
     left: Matrix = (u[:, :rank] * s[:rank]).contiguous().numpy()
@@ -72,6 +72,6 @@ def factorise(matrix: Matrix, energy: float) -> tuple[Matrix, Matrix]:
 
 
 def multiply(left: Matrix, right: Matrix) -> Matrix:
-    """left @ right, summed in float64 and rounded to float32 once, so that both ends of a wire agree."""
+    """Left @ right, summed in float64 and rounded to float32 once, so that both ends of a wire agree."""
     product: Matrix = (left.astype(np.float64) @ right.astype(np.float64)).astype(np.float32)
     return product

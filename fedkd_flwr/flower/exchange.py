@@ -8,8 +8,7 @@ every client does, so it is replaced here.
 
 import logging
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter, sleep
 from typing import Any
@@ -64,7 +63,7 @@ class Round:
     seats: dict[int, Seat] = field(default_factory=dict)
     accepted: dict[str, Reply] = field(default_factory=dict)
     rejected: list[tuple[str, str]] = field(default_factory=list)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
     payload_bytes: int = 0
 
     def reject(self, client_key: str, reason: str) -> None:
@@ -74,7 +73,12 @@ class Round:
 
     def timed(self, name: str, started: float) -> None:
         """Add the time since `started` under a name."""
-        self.seconds[name] += perf_counter() - started
+        self.spent({name: perf_counter() - started})
+
+    def spent(self, seconds: Mapping[str, float]) -> None:
+        """Add seconds under their names."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
 
 
 class Exchange(Strategy):
@@ -140,7 +144,9 @@ class Exchange(Strategy):
         self.aggregate_evaluate(final, self._send(grid, messages, EVALUATE))
         return Result()
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
         """Choose this round's clients and write to each what it needs."""
         self._round = self._new_round(server_round)
         self._greet(grid)
@@ -251,9 +257,7 @@ class Exchange(Strategy):
             )
             # Fresh records for each message: in simulation they reach the client by reference.
             records = instruction.to_records()
-            messages.append(
-                Message(records, seat.node_id, purpose, ttl=self._ttl(), group_id=str(current.number))
-            )
+            messages.append(Message(records, seat.node_id, purpose, ttl=self._ttl(), group_id=str(current.number)))
         return messages
 
     def _send(self, grid: Grid, messages: list[Message], purpose: str) -> list[Message]:
@@ -286,7 +290,7 @@ class Exchange(Strategy):
                 self._reject(client_key, str(error))
                 continue
             self._roster.holds(client_key, reply.version)
-            current.seconds.update(reply.seconds)
+            current.spent(reply.seconds)
             current.accepted[client_key] = reply
 
     def _check(self, reply: Reply, client_key: str) -> None:
@@ -384,7 +388,7 @@ class Exchange(Strategy):
             train=weighted_scores((r.train, r.num_examples) for r in replies),
             clients=sorted(current.accepted),
             rejected=[{"client": client_key, "reason": reason} for client_key, reason in current.rejected],
-            seconds=dict(current.seconds),
+            seconds=current.seconds,
         )
 
 

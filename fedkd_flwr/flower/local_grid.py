@@ -7,7 +7,7 @@ value is shared between server and clients.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from traceback import format_exception
-from typing import Any, cast
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -95,7 +95,7 @@ class LocalGrid(Grid):
 
 def through_the_wire(message: Message) -> Message:
     """What arrives at the other end."""
-    return cast(Message, message_from_proto(message_to_proto(message)))
+    return message_from_proto(message_to_proto(message))
 
 
 @contextmanager

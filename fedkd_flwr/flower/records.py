@@ -6,6 +6,7 @@ identifier of variable length, so the size of a message depends on its payload a
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -150,10 +151,7 @@ class Instruction:
         config = _config(content)
         data = _payload(content)
         snapshot = data if config.get("snapshot") is True else None
-        sizes = config.get("sizes", [])
-        if not isinstance(sizes, list) or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise MessageError(f"sizes must be a list of positive integers, got {sizes!r}")
-        payloads = _split(data or b"", sizes) if snapshot is None else ()
+        payloads = _split(data or b"", config.get("sizes", [])) if snapshot is None else ()
         version = _take(config, "version", int)
         if version < len(payloads):
             raise MessageError(f"version must be at least {len(payloads)} for as many payloads, got {version}")
@@ -300,11 +298,13 @@ def _payload(content: RecordDict) -> bytes | None:
     return values.tobytes()
 
 
-def _split(data: bytes, sizes: list[int]) -> tuple[bytes, ...]:
+def _split(data: bytes, sizes: object) -> tuple[bytes, ...]:
+    if not isinstance(sizes, list) or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise MessageError(f"sizes must be a list of positive integers, got {sizes!r}")
     if sum(sizes) != len(data):
         raise MessageError(f"payloads must have {sum(sizes)} bytes together, got {len(data)}")
-    ends = np.cumsum([0, *sizes]).tolist()
-    return tuple(data[start:end] for start, end in zip(ends, ends[1:], strict=False))
+    ends = accumulate(sizes, initial=0)
+    return tuple(data[start:end] for start, end in pairwise(ends))
 
 
 def _config(content: RecordDict) -> ConfigRecord:

@@ -11,7 +11,7 @@ from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.exchange import Exchange
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.settings import ServerSettings
-from fedkd_flwr.measure.ledger import Ledger, Listener, environment
+from fedkd_flwr.measure.ledger import LEDGER_FILE, Ledger, Listener, environment
 from fedkd_flwr.measure.summary import write_summary
 
 CONFIG_FILE = "config.yaml"
@@ -38,9 +38,11 @@ def serve(grid: Grid, settings: ServerSettings, listener: Listener | None = None
     runtime = runtime_of(settings.experiment)
     run_dir = settings.run_dir
     try:
-        run_dir.mkdir(parents=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"output directory {str(run_dir)!r} can't be made: {error.strerror}") from error
+    if (run_dir / LEDGER_FILE).exists():
+        raise RunError(f"{str(run_dir)!r} holds a run already; give another run-name")
     (run_dir / CONFIG_FILE).write_text(settings.experiment.to_yaml(), encoding="utf-8")
     ledger = Ledger(run_dir, listener)
     status, reason = "failed", ""

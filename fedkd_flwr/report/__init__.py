@@ -1,3 +1,5 @@
 """Tables and figures, drawn from ledgers."""
 
-def write_report(dirs): pass
+from fedkd_flwr.report.runs import RunResult, read_run, write_report
+
+__all__ = ["RunResult", "read_run", "write_report"]

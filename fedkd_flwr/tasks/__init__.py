@@ -6,3 +6,5 @@ from fedkd_flwr.tasks.digits import DigitsOptions
 TASKS: dict[str, type[TaskOptions]] = {
     "digits": DigitsOptions,
 }
+
+__all__ = ["TASKS", "TaskOptions"]

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from pydantic import BaseModel
@@ -40,7 +41,7 @@ class TensorExamples:
         order = torch.arange(self._length)
         if seed is not None:
             order = torch.randperm(self._length, generator=torch.Generator().manual_seed(seed))
-        for indices in order.split(batch_size):
+        for indices in torch.split(order, batch_size):
             yield {name: tensor[indices] for name, tensor in self._tensors.items()}
 
 
@@ -52,3 +53,11 @@ def copy_shared_tensors(source: nn.Module, target: nn.Module) -> None:
     values = source.state_dict()
     matching = {n: values[n] for n, t in target.state_dict().items() if n in values and values[n].shape == t.shape}
     target.load_state_dict(matching, strict=False)
+
+
+def save_pretrained(model: nn.Module, directory: Path) -> None:
+    """Write a Hugging Face model's directory, without the library's progress bar."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model.save_pretrained(directory)  # type: ignore[operator]

@@ -1,0 +1,31 @@
+"""A run in this process: the same apps on a `LocalGrid`."""
+
+from pathlib import Path
+
+from fedkd_flwr.experiment import Experiment
+from fedkd_flwr.flower.local_grid import ClientFunction, LocalGrid, UserConfig, task_identity
+from fedkd_flwr.flower.server import serve
+from fedkd_flwr.flower.settings import ServerSettings
+from fedkd_flwr.measure.ledger import Listener
+
+
+def run_in_process(
+    experiment: Experiment, client_app: ClientFunction, run_dir: Path, listener: Listener | None = None
+) -> Path:
+    """Run an experiment with as many in-process nodes as it has clients.
+
+    Args:
+        experiment: what to run.
+        client_app: what a node runs.
+        run_dir: where results go, client states in `state` below it.
+        listener: called with every row of the ledger.
+
+    Returns:
+        The run directory.
+    """
+    run_config = {"config-text": experiment.to_yaml(), "state-dir": str(run_dir / "state")}
+    nodes: list[UserConfig] = [
+        {"partition-id": client, "num-partitions": experiment.num_clients} for client in range(experiment.num_clients)
+    ]
+    with task_identity():
+        return serve(LocalGrid(client_app, nodes, run_config), ServerSettings(experiment, run_dir), listener)

@@ -1,0 +1,51 @@
+"""Progress on screen, fed by the rows of a ledger."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from fedkd_flwr.measure.ledger import Row
+
+
+class RunProgress:
+    """A bar that moves with each round. Use as a context manager, and pass `update` as the ledger's listener."""
+
+    def __init__(self, name: str, num_rounds: int, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rounds"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._task: TaskID = self._progress.add_task(name, total=num_rounds, note="starting")
+        self._num_rounds = num_rounds
+        self._moved = 0
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the bar as it is."""
+        self._progress.stop()
+
+    def update(self, row: Row) -> None:
+        """Take one row of the ledger."""
+        if row["kind"] == "message":
+            self._moved += row["wire_bytes"]
+        elif row["kind"] == "round":
+            self._progress.update(self._task, completed=min(row["round"], self._num_rounds), note=self._note(row))
+
+    def _note(self, row: Row) -> str:
+        scores = row["metrics"]["shared_global"] or row["metrics"]["private_local"] or {}
+        score = next((f"{name} {value:.3f}, " for name, value in scores.items() if value is not None), "")
+        skipped = ", skipped" if row["skipped"] else ""
+        return f"{score}{self._moved / 1e6:.1f} MB{skipped}"

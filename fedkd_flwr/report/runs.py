@@ -1,0 +1,118 @@
+"""Finished runs, read back from their directories."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
+from fedkd_flwr.measure.metrics import last_mean
+from fedkd_flwr.measure.summary import summarise
+from fedkd_flwr.report.figures import Curve, draw_curves
+from fedkd_flwr.report.table import COLUMNS, markdown_table
+
+CURVES_FILE = "curves.png"
+TABLE_FILE = "table.md"
+MEGABYTE = 1e6
+AVERAGED_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """One run.
+
+    Attributes:
+        directory: where its ledger lies.
+        summary: as in summary.json.
+        rows: of the ledger.
+    """
+
+    directory: Path
+    summary: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    @property
+    def label(self) -> str:
+        """Name and seed."""
+        return f"{self.summary['experiment']} (seed {self.summary['seed']})"
+
+    @property
+    def metric(self) -> str:
+        """The task's first metric."""
+        metrics = self.summary["metrics"]
+        return next((name for scores in metrics.values() if scores for name in scores), "accuracy")
+
+    def score(self, scope: str) -> float | None:
+        """Final value of the first metric in a scope, or None where the algorithm has no such model."""
+        scores = self.summary["metrics"][scope]
+        return None if not scores else scores[self.metric]
+
+    def last_rounds(self) -> float | None:
+        """Mean of the shared model's score over the last three rounds."""
+        scores = [r["metrics"]["shared_global"] for r in self.rows if r["kind"] == "round" and r["round"] > 0]
+        return last_mean([s[self.metric] for s in scores if s and s[self.metric] is not None], AVERAGED_ROUNDS)
+
+    def curve(self) -> Curve:
+        """Score by round, and against the bytes spent until then."""
+        scope = "shared_global" if self.summary["metrics"]["shared_global"] else "private_local"
+        moved = 0
+        curve = Curve(self.label + ("" if scope == "shared_global" else ", own data"), [], [], [])
+        for row in self.rows:
+            if row["kind"] == "message":
+                moved += row["wire_bytes"]
+            elif row["kind"] == "round" and (scores := row["metrics"][scope]) and scores[self.metric] is not None:
+                # Local scores are of the version that the round began with.
+                curve.rounds.append(row["round"] if scope == "shared_global" else row["round"] - 1)
+                curve.megabytes.append(moved / MEGABYTE / self.summary["num_clients"])
+                curve.scores.append(scores[self.metric])
+        return curve
+
+    def table_row(self) -> dict[str, str]:
+        """Cells for `COLUMNS`."""
+        counted, clients = self.summary["bytes"], self.summary["num_clients"]
+        reduction = counted["reduction_vs_dense_teacher"]
+        values = [
+            self.label,
+            _score(self.score("shared_global")),
+            _score(self.last_rounds()),
+            _score(self.score("shared_local")),
+            _score(self.score("private_local")),
+            f"{counted['uplink'] / clients / MEGABYTE:.3f}",
+            f"{counted['downlink'] / clients / MEGABYTE:.3f}",
+            "-" if reduction is None else f"{100 * reduction:.1f} %",
+            f"{self.summary['seconds']['wall']:.0f}",
+        ]
+        return dict(zip(COLUMNS, values, strict=True))
+
+
+def read_run(directory: Path) -> RunResult:
+    """Read a run directory.
+
+    Raises:
+        FileNotFoundError: if it holds no ledger.
+    """
+    rows = tuple(read_rows(directory / LEDGER_FILE))
+    return RunResult(directory, summarise(rows), rows)
+
+
+def write_report(directories: Sequence[Path], output: Path | None = None) -> tuple[Path, Path]:
+    """Draw runs into one figure and one Markdown table.
+
+    Args:
+        directories: of the runs.
+        output: where to write; by default the first run's own directory.
+
+    Returns:
+        Paths of the figure and of the table.
+    """
+    runs = [read_run(directory) for directory in directories]
+    target = output or directories[0]
+    target.mkdir(parents=True, exist_ok=True)
+    figure, table = target / CURVES_FILE, target / TABLE_FILE
+    draw_curves([run.curve() for run in runs], runs[0].metric, figure)
+    table.write_text(markdown_table([run.table_row() for run in runs]), encoding="utf-8")
+    return figure, table
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
