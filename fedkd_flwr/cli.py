@@ -85,17 +85,18 @@ def main() -> None:
     """Entry point: one line for an error, and an exit status that can be relied on."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer turns Ctrl-C and typer.Exit into this
     except ConfigError as error:
         _fail(str(error), EXIT_BAD_INPUT)
     except RunError as error:
         _fail(str(error), EXIT_FAILED)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", EXIT_INTERRUPTED)
+        code = EXIT_INTERRUPTED
     except click.ClickException as error:
         _fail(error.format_message(), EXIT_BAD_INPUT)
+    if code == EXIT_INTERRUPTED:
+        _fail("interrupted", EXIT_INTERRUPTED)
+    sys.exit(code or 0)
 
 
 def _fail(message: str, code: int) -> None:
@@ -140,7 +141,7 @@ def _app_dir() -> Path:
 def _show(directories: list[Path], output: Path | None) -> None:
     figure, table = write_report(directories, output)
     runs = [read_run(directory) for directory in directories]
-    console = out if out.is_terminal else Console(width=170)
+    console = out if out.is_terminal else Console(width=120)
     console.print(screen_table([run.table_row() for run in runs], runs[0].metric))
     for what, path in (("figure", figure), ("table", table), *((run.label, run.directory) for run in runs)):
         out.print(f"{what}: {path}", highlight=False, markup=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INCHES = (10.0, 4.4)
 DOTS_PER_INCH = 150
@@ -44,10 +45,12 @@ def draw_curves(curves: Sequence[Curve], metric: str, path: Path) -> None:
     for index, curve in enumerate(curves):
         style = {"marker": MARKERS[index % len(MARKERS)], "markersize": 3.5, "linewidth": 1.4}
         by_round.plot(curve.rounds, curve.scores, label=curve.label, **style)
-        by_bytes.plot(curve.megabytes, curve.scores, label=curve.label, **style)
+        # Version 0 costs nothing but a greeting; it has no place on a scale of bytes.
+        by_bytes.plot(curve.megabytes[1:], curve.scores[1:], label=curve.label, **style)
+    by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_round.set(xlabel="round", ylabel=metric, title=f"{metric} by round")
     by_bytes.set(xlabel="MB moved per client, up and down (log scale)", title=f"{metric} against bytes")
-    if any(megabytes > 0 for curve in curves for megabytes in curve.megabytes):
+    if any(len(curve.megabytes) > 1 for curve in curves):
         by_bytes.set_xscale("log")
     for axes in (by_round, by_bytes):
         _tidy(axes)

@@ -7,18 +7,19 @@ from rich.table import Table
 
 COLUMNS = (
     "run",
-    "shared, global test",
-    "mean of last 3 rounds",
-    "shared, clients' tests",
-    "private, clients' tests",
-    "MB up per client",
-    "MB down per client",
-    "fewer bytes than FedAvg of the teacher",
+    "shared model",
+    "last 3 rounds",
+    "shared, local",
+    "private, local",
+    "MB up",
+    "MB down",
+    "fewer bytes",
     "seconds",
 )
 LEGEND = (
-    "shared: the model that the algorithm shares, on the server's test set and on each client's own; private: what "
-    "stays on a client. Bytes are those of every serialised message."
+    "shared model: on the server's test set after the last round, and its mean over the last 3 rounds; local: on the "
+    "clients' own test data; private: what never leaves a client. MB: per client over the whole run, every serialised "
+    "message; fewer bytes: than dense FedAvg of the teacher with the same participation."
 )
 
 
@@ -31,7 +32,7 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 def screen_table(rows: Sequence[Mapping[str, str]], metric: str) -> Table:
     """The rows as a table for a terminal."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"{metric}, bytes and time", caption=LEGEND, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=f"{metric}, bytes and time", caption=LEGEND, title_justify="left", caption_justify="left")
     for index, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0)
     for row in rows:

@@ -1,0 +1,122 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fedkd_flwr.measure.ledger import LEDGER_FILE, Ledger, MessageRow, Row, environment, read_rows
+
+MESSAGE = MessageRow(
+    round=2,
+    node="client-7",
+    direction="uplink",
+    purpose="train",
+    payload_bytes=100,
+    wire_bytes=180,
+    framing_bytes=20,
+)
+
+
+def rows_of(directory: Path) -> list[Row]:
+    return list(read_rows(directory / LEDGER_FILE))
+
+
+def values(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key != "elapsed_seconds"}
+
+
+def test_rows_are_read_back_in_the_order_they_were_written(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write("start", experiment="x", seed=0)
+    ledger.message(MESSAGE)
+    ledger.write("end", status="completed")
+    ledger.close()
+    assert [values(row) for row in rows_of(tmp_path)] == [
+        {"kind": "start", "experiment": "x", "seed": 0},
+        {
+            "kind": "message",
+            "round": 2,
+            "node": "client-7",
+            "direction": "uplink",
+            "purpose": "train",
+            "payload_bytes": 100,
+            "wire_bytes": 180,
+            "framing_bytes": 20,
+        },
+        {"kind": "end", "status": "completed"},
+    ]
+
+
+def test_a_row_can_be_read_before_the_ledger_is_closed(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write("start")
+    assert [row["kind"] for row in rows_of(tmp_path)] == ["start"]
+    ledger.close()
+
+
+def test_a_ledger_opened_again_appends(tmp_path: Path) -> None:
+    for kind in ("start", "end"):
+        ledger = Ledger(tmp_path)
+        ledger.write(kind)
+        ledger.close()
+    assert [row["kind"] for row in rows_of(tmp_path)] == ["start", "end"]
+
+
+def test_elapsed_seconds_start_at_zero_and_never_go_back(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for _ in range(20):
+        ledger.write("round")
+    ledger.close()
+    elapsed = [row["elapsed_seconds"] for row in rows_of(tmp_path)]
+    assert 0 <= elapsed[0] < 60
+    assert elapsed == sorted(elapsed)
+
+
+def test_an_unfinished_last_line_is_left_out(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write("start")
+    ledger.write("end", status="completed")
+    ledger.close()
+    path = tmp_path / LEDGER_FILE
+    whole = path.read_bytes()
+    last_line = whole[whole.index(b"\n") + 1 :]
+    for torn in range(1, len(last_line) + 1):
+        path.write_bytes(whole[:-torn])
+        assert [row["kind"] for row in rows_of(tmp_path)] == ["start"]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_can_not_hold_is_stored_as_null_at_any_depth(tmp_path: Path, number: float) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write("round", loss=number, metrics={"shared_global": {"loss": number, "accuracy": 0.5}}, losses=[1, number])
+    ledger.close()
+    text = (tmp_path / LEDGER_FILE).read_text(encoding="utf-8")
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    row = json.loads(text)
+    assert (row["loss"], row["losses"]) == (None, [1, None])
+    assert row["metrics"] == {"shared_global": {"loss": None, "accuracy": 0.5}}
+
+
+def test_the_listener_hears_every_row_once(tmp_path: Path) -> None:
+    heard: list[Row] = []
+    ledger = Ledger(tmp_path, heard.append)
+    ledger.write("start", seed=3)
+    ledger.message(MESSAGE)
+    ledger.close()
+    assert heard == rows_of(tmp_path)
+
+
+def test_text_that_is_not_ascii_survives(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write("end", reason="größer\nals 1\u2028")
+    ledger.close()
+    assert rows_of(tmp_path)[0]["reason"] == "größer\nals 1\u2028"
+
+
+def test_the_environment_names_what_the_run_ran_on() -> None:
+    found = environment()
+    assert set(found) == {"python", "torch", "flwr", "cpu_count"}
+    assert isinstance(found["cpu_count"], int)
+    assert found["cpu_count"] >= 1
+    assert all(str(found[name])[0].isdigit() for name in ("python", "torch", "flwr"))
