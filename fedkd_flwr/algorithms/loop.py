@@ -36,15 +36,17 @@ class OptimizerOptions(BaseModel, extra="forbid", frozen=True):
 
 
 class Optimizer:
-    """An optimiser over named parameters whose state can leave torch as named arrays."""
+    """An optimiser over named parameters, of which there may be none; its state can leave torch as named arrays."""
 
     def __init__(self, options: OptimizerOptions, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self._named = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         self._max_grad_norm = options.max_grad_norm
-        self._optimizer = _build(options, list(self._named.values()))
+        self._optimizer = _build(options, list(self._named.values())) if self._named else None
 
     def step(self) -> None:
         """Clip where asked, step, and forget the gradients."""
+        if self._optimizer is None:
+            return
         if self._max_grad_norm is not None:
             clip_grad_norm_(self._named.values(), self._max_grad_norm)
         self._optimizer.step()
@@ -53,6 +55,8 @@ class Optimizer:
     def read_state(self, prefix: str) -> dict[str, Array]:
         """Moments and step counts as `prefix` + parameter + "/" + key."""
         arrays: dict[str, Array] = {}
+        if self._optimizer is None:
+            return arrays
         for name, parameter in self._named.items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
@@ -64,7 +68,7 @@ class Optimizer:
         for name, parameter in self._named.items():
             start = f"{prefix}{name}/"
             found = {key[len(start) :]: value for key, value in arrays.items() if key.startswith(start)}
-            if found:
+            if found and self._optimizer is not None:
                 self._optimizer.state[parameter] = {key: torch.tensor(value) for key, value in found.items()}
 
 

@@ -32,7 +32,13 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 def screen_table(rows: Sequence[Mapping[str, str]], metric: str) -> Table:
     """The rows as a table for a terminal."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"{metric}, bytes and time", caption=LEGEND, title_justify="left", caption_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{metric}, bytes and time",
+        caption=LEGEND,
+        title_justify="left",
+        caption_justify="left",
+    )
     for index, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0)
     for row in rows:

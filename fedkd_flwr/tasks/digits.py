@@ -146,7 +146,9 @@ class Digits:
 @cache
 def _digits() -> tuple[torch.Tensor, torch.Tensor, Any, Any]:
     pixels, labels = load_digits(return_X_y=True)
-    images = torch.tensor((pixels - PIXEL_MEAN) / PIXEL_STD, dtype=torch.float32).reshape(-1, 1, PIXELS_PER_SIDE, PIXELS_PER_SIDE)
+    images = torch.tensor((pixels - PIXEL_MEAN) / PIXEL_STD, dtype=torch.float32).reshape(
+        -1, 1, PIXELS_PER_SIDE, PIXELS_PER_SIDE
+    )
     # One split for every seed, so that results of different seeds are scored on the same images.
     train, test = train_test_split(np.arange(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=0)
     return images, torch.tensor(labels, dtype=torch.int64), train, test

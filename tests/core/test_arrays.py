@@ -206,9 +206,9 @@ def test_weights_count_relative_to_their_sum() -> None:
 
 
 def test_mean_accumulates_in_float64() -> None:
-    # 2**24 + 1 is 2**24 in float32, so a float32 sum would lose every small item.
-    items = [({"w": np.array([2.0**24], np.float32)}, 1.0), *(({"w": np.ones(1, np.float32)}, 1.0) for _ in range(3))]
-    assert weighted_mean(items)["w"].tolist() == [(2**24 + 3) / 4]
+    # 2**24 + 1 is 2**24 in float32, so a float32 sum would lose the small items.
+    items = [({"w": np.array([value], np.float32)}, 1.0) for value in (2.0**24, 1.0, 1.0, -(2.0**24))]
+    assert weighted_mean(items)["w"].tolist() == [0.5]
 
 
 def test_mean_does_not_look_at_an_item_again_after_adding_it() -> None:

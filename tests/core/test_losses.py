@@ -168,6 +168,7 @@ def test_distillation_over_tokens_counts_labelled_positions_only() -> None:
     assert distillation(learner, guide, labels).item() == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 @pytest.mark.parametrize("classes", CLASSES)
 def test_distillation_agrees_with_torch_and_is_not_divided_by_the_classes(classes: int) -> None:
     learner, guide = normal(6, classes), normal(6, classes, seed=1)
@@ -314,7 +315,10 @@ def test_what_masked_tokens_hold_does_not_change_the_features_losses() -> None:
 
 def test_integer_masks_count_like_boolean_ones() -> None:
     mask = some_mask(3, 4)
-    hidden, attention = ([normal(3, 4, 5)], [normal(3, 4, 5, seed=1)]), ([normal(3, 2, 4, 4)], [normal(3, 2, 4, 4, seed=1)])
+    hidden, attention = (
+        ([normal(3, 4, 5)], [normal(3, 4, 5, seed=1)]),
+        ([normal(3, 2, 4, 4)], [normal(3, 2, 4, 4, seed=1)]),
+    )
     assert torch.equal(hidden_mse(*hidden, mask.long()), hidden_mse(*hidden, mask))
     assert torch.equal(attention_mse(*attention, mask.long()), attention_mse(*attention, mask))
 
@@ -417,9 +421,15 @@ class Pair:
 def make_pair(classes: int = 4, seed: int = 0) -> Pair:
     batch, tokens = 3, 4
     labels, mask = some_labels(batch, tokens, classes=classes, seed=seed), some_mask(batch, tokens)
-    teacher_logits, student_logits = leaf(batch, tokens, classes, seed=seed), leaf(batch, tokens, classes, seed=seed + 1)
+    teacher_logits, student_logits = (
+        leaf(batch, tokens, classes, seed=seed),
+        leaf(batch, tokens, classes, seed=seed + 1),
+    )
     teacher_hidden, student_hidden = leaf(batch, tokens, 5, seed=seed + 2), leaf(batch, tokens, 3, seed=seed + 3)
-    teacher_maps, student_maps = leaf(batch, 6, tokens, tokens, seed=seed + 4), leaf(batch, 2, tokens, tokens, seed=seed + 5)
+    teacher_maps, student_maps = (
+        leaf(batch, 6, tokens, tokens, seed=seed + 4),
+        leaf(batch, 2, tokens, tokens, seed=seed + 5),
+    )
     torch.manual_seed(seed)
     projection = nn.Linear(3, 5, bias=False, dtype=torch.float64)
     return Pair(
@@ -427,7 +437,9 @@ def make_pair(classes: int = 4, seed: int = 0) -> Pair:
         student_leaves=[student_logits, student_hidden, student_maps],
         projection=projection,
         teacher=Side(teacher_logits, cross_entropy(teacher_logits, labels), [teacher_hidden], [teacher_maps]),
-        student=Side(student_logits, cross_entropy(student_logits, labels), [projection(student_hidden)], [student_maps]),
+        student=Side(
+            student_logits, cross_entropy(student_logits, labels), [projection(student_hidden)], [student_maps]
+        ),
         labels=labels,
         mask=mask,
     )
@@ -483,7 +495,9 @@ def test_one_backward_of_the_sum_gives_each_model_the_gradient_of_its_own_loss()
     own_losses(apart, DistillationTerms())[0].backward()
     own_losses(apart, DistillationTerms())[1].backward()
     sum(own_losses(together, DistillationTerms())).backward()  # type: ignore[union-attr]
-    for one, two in zip(apart.student_leaves + apart.teacher_leaves, together.student_leaves + together.teacher_leaves, strict=True):
+    for one, two in zip(
+        apart.student_leaves + apart.teacher_leaves, together.student_leaves + together.teacher_leaves, strict=True
+    ):
         torch.testing.assert_close(grad_of(one), grad_of(two), rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(grad_of(apart.projection.weight), grad_of(together.projection.weight))
 
@@ -492,7 +506,7 @@ def test_gradient_is_that_of_a_constant_divisor() -> None:
     adaptive, constant, differentiated = make_pair(), make_pair(), make_pair()
     own_losses(adaptive, DistillationTerms())[0].backward()
 
-    value = float(adaptive.teacher.task + adaptive.student.task)
+    value = adaptive.teacher.task.item() + adaptive.student.task.item()
     args = (constant.student, constant.teacher, constant.labels)
     own_loss(*args, torch.tensor(value, dtype=torch.float64), DistillationTerms(), constant.mask).backward()
 
@@ -510,7 +524,9 @@ def test_losses_and_gradients_are_finite_when_both_task_losses_are_zero() -> Non
     nothing = torch.full_like(pair.labels, NO_LABEL)
     zero = cross_entropy(pair.student.logits, nothing)
     student = Side(pair.student.logits, zero, pair.student.hidden, pair.student.attentions)
-    teacher = Side(pair.teacher.logits, cross_entropy(pair.teacher.logits, nothing), pair.teacher.hidden, pair.teacher.attentions)
+    teacher = Side(
+        pair.teacher.logits, cross_entropy(pair.teacher.logits, nothing), pair.teacher.hidden, pair.teacher.attentions
+    )
     divisor = adaptive_divisor(teacher.task, student.task, floor=0.1)
     loss = own_loss(student, teacher, nothing, divisor, DistillationTerms(), pair.mask)
     loss.backward()

@@ -164,7 +164,9 @@ def test_matrix_shape_drops_axes_of_one_and_joins_all_but_the_first(
     assert matrix_shape(shape) == expected
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (3,), (1, 1), (1, 7), (7, 1), (1, 7, 1, 1), (0,), (0, 3), (3, 0), (4, 0, 2)])
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (3,), (1, 1), (1, 7), (7, 1), (1, 7, 1, 1), (0,), (0, 3), (3, 0), (4, 0, 2)]
+)
 def test_vectors_scalars_and_empty_tensors_have_no_matrix_shape(shape: tuple[int, ...]) -> None:
     assert matrix_shape(shape) is None
 
@@ -258,10 +260,10 @@ def test_a_transposed_view_is_factored_like_its_copy() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_matrix_that_is_not_finite_does_not_converge(bad: float) -> None:
+def test_a_matrix_that_is_not_finite_is_refused(bad: float) -> None:
     matrix = gaussian(4, 4)
     matrix[1, 2] = bad
-    with pytest.raises(np.linalg.LinAlgError):
+    with pytest.raises(ValueError):  # also the base of numpy's LinAlgError
         factorise(matrix, 0.95)
 
 

@@ -28,7 +28,19 @@ def test_seeds_of_different_parts_differ(one: list[int | str], two: list[int | s
 
 
 def test_seeds_depend_on_type_order_and_grouping_of_the_parts() -> None:
-    calls: list[tuple[int | str, ...]] = [(), ("",), ("", ""), (1,), ("1",), (1, 2), (2, 1), (12,), ("1", "2"), ("12",), (-1,)]
+    calls: list[tuple[int | str, ...]] = [
+        (),
+        ("",),
+        ("", ""),
+        (1,),
+        ("1",),
+        (1, 2),
+        (2, 1),
+        (12,),
+        ("1", "2"),
+        ("12",),
+        (-1,),
+    ]
     seeds = [derive_seed(*parts) for parts in calls]
     assert len(set(seeds)) == len(calls)
 
