@@ -1,12 +1,13 @@
 """The client's end of the exchange: reach the version asked for, train, remember, reply."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
 from flwr.app import Context, Message
 
-from fedkd_flwr.algorithms.base import Assignment
+from fedkd_flwr.algorithms.base import Assignment, Metrics
 from fedkd_flwr.core.protocols import ClientData
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.core.snapshot import unpack_snapshot
@@ -85,15 +86,10 @@ def train(message: Message, context: Context, app_dir: Path) -> Message:
     state = catch_up(client.runtime, state.settle(instruction.counted_round), instruction)
     decoded = perf_counter()
     reply, state = _train(client, state, instruction)
-    seconds = {**reply.seconds, "decode": decoded - started}
-    reply = replace(reply, seconds=seconds)
+    reply = replace(reply, seconds={**reply.seconds, "decode": decoded - started})
     numbers = {name: getattr(reply, name) for name in _REMEMBERED}
-    store.commit(
-        replace(
-            state,
-            last_reply=LastReply(instruction.server_round, instruction.lineage, reply.payload, numbers),
-        )
-    )
+    last = LastReply(instruction.server_round, instruction.lineage, reply.payload, numbers)
+    store.commit(replace(state, last_reply=last))
     return Message(reply.to_records(), reply_to=message)
 
 
@@ -111,17 +107,7 @@ def evaluate(message: Message, context: Context, app_dir: Path) -> Message:
     half = client.runtime.algorithm.client
     scores = half.evaluate(state.shared, state.private, client.data)
     half.export_private(state.private, store.directory / PRIVATE_MODEL_DIR)
-    reply = Reply(
-        server_round=instruction.server_round,
-        attempt=instruction.attempt,
-        version=state.version,
-        lineage=state.lineage,
-        num_examples=len(client.data.train),
-        num_test_examples=len(client.data.test),
-        shared=scores.get("shared", {}),
-        private=scores.get("private", {}),
-        seconds=seconds,
-    )
+    reply = replace(_scored(client, state, instruction, scores), seconds=seconds)
     return Message(reply.to_records(), reply_to=message)
 
 
@@ -181,16 +167,9 @@ def _train(client: Client, state: ClientState, instruction: Instruction) -> tupl
         payload, pending = runtime.wires.uplink.encode(
             trained.upload, state.committed, progress=instruction.progress, seed=derive_seed(seed, "encode")
         )
-    reply = Reply(
-        server_round=instruction.server_round,
-        attempt=instruction.attempt,
-        version=state.version,
-        lineage=state.lineage,
-        num_examples=len(client.data.train),
-        num_test_examples=len(client.data.test),
+    reply = replace(
+        _scored(client, state, instruction, scores),
         payload=payload,
-        shared=scores.get("shared", {}),
-        private=scores.get("private", {}),
         train=trained.metrics,
         seconds={
             "evaluate": started - arrived,
@@ -199,6 +178,20 @@ def _train(client: Client, state: ClientState, instruction: Instruction) -> tupl
         },
     )
     return reply, replace(state, private=trained.private, pending=pending)
+
+
+def _scored(client: Client, state: ClientState, instruction: Instruction, scores: Mapping[str, Metrics]) -> Reply:
+    """A reply with everything but the training's own results."""
+    return Reply(
+        server_round=instruction.server_round,
+        attempt=instruction.attempt,
+        version=state.version,
+        lineage=state.lineage,
+        num_examples=len(client.data.train),
+        num_test_examples=len(client.data.test),
+        shared=scores.get("shared", {}),
+        private=scores.get("private", {}),
+    )
 
 
 def _again(last: LastReply, instruction: Instruction) -> Reply:

@@ -8,8 +8,7 @@ every client does, so it is replaced here.
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from time import monotonic, perf_counter, sleep
 from typing import Any
 
@@ -20,7 +19,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedkd_flwr.algorithms.base import Assignment
 from fedkd_flwr.compressors.payload import PayloadError
 from fedkd_flwr.core.arrays import Arrays
-from fedkd_flwr.core.protocols import Examples
+from fedkd_flwr.core.protocols import Codec, Examples
 from fedkd_flwr.core.schedules import progress_of
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.flower.aggregators import AGGREGATORS
@@ -29,56 +28,17 @@ from fedkd_flwr.flower.mailbox import Mailbox
 from fedkd_flwr.flower.records import EVALUATE, HELLO, TRAIN, Hello, HelloReply, Instruction, Reply
 from fedkd_flwr.flower.reference import Reference
 from fedkd_flwr.flower.roster import Roster, Seat
+from fedkd_flwr.flower.round import Round
 from fedkd_flwr.flower.runtime import Runtime
 from fedkd_flwr.measure.ledger import Ledger
 from fedkd_flwr.measure.metrics import weighted_scores
 
 _TTL_MARGIN_SECONDS = 60.0
-_CONNECT_PAUSE_SECONDS = 0.2
+_FIRST_CONNECT_PAUSE_SECONDS = 0.1
+_LONGEST_CONNECT_PAUSE_SECONDS = 2.0
 _SERVER = "server"
 
 _log = logging.getLogger("fedkd")
-
-
-@dataclass
-class Round:
-    """What one round gathers on its way to the ledger.
-
-    Attributes:
-        number: 0 before training, 1 to num_rounds, num_rounds + 1 for the final evaluation.
-        progress: share of training done, in [0, 1].
-        version: that clients work from.
-        lineage: of that version.
-        seats: clients chosen, by Flower's node id.
-        accepted: good replies, by client key.
-        rejected: client key and reason of every other outcome.
-        seconds: by name, summed over clients and server.
-        payload_bytes: of the broadcast.
-    """
-
-    number: int
-    progress: float
-    version: int
-    lineage: bytes
-    seats: dict[int, Seat] = field(default_factory=dict)
-    accepted: dict[str, Reply] = field(default_factory=dict)
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    payload_bytes: int = 0
-
-    def reject(self, client_key: str, reason: str) -> None:
-        """Note that a client's reply does not count, and why."""
-        _log.warning("round %d: reply of %s rejected: %s", self.number, client_key, reason)
-        self.rejected.append((client_key, reason))
-
-    def timed(self, name: str, started: float) -> None:
-        """Add the time since `started` under a name."""
-        self.spent({name: perf_counter() - started})
-
-    def spent(self, seconds: Mapping[str, float]) -> None:
-        """Add seconds under their names."""
-        for name, value in seconds.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + value
 
 
 class Exchange(Strategy):
@@ -103,7 +63,8 @@ class Exchange(Strategy):
         self._uplink_states: dict[str, Arrays] = {}
         self._aggregator = AGGREGATORS[self._options.aggregator.name](self._options.aggregator)
         self._roster = Roster()
-        self._mailbox = Mailbox(ledger, self._options.round_timeout_seconds)
+        self._mailbox = Mailbox(ledger)
+        self._asked: dict[str, str] = {}  # message id -> client key, of the replies in hand
         self._num_good_rounds = 0
         self._first_failure = ""
         self.reference = Reference(
@@ -158,12 +119,13 @@ class Exchange(Strategy):
         """Validate, decode, aggregate, advance; or skip the round where good replies are too few."""
         current = self._round
         self._accept(replies)
-        counted = sorted(current.accepted)
-        if self._uplink is not None and len(counted) >= self._needed():
-            counted = self._decode_and_aggregate()
-        skipped = len(counted) < self._needed()
-        if not skipped and self._uplink is not None:
-            skipped = not self._advance(counted)
+        num_counted = len(current.accepted)
+        if self._uplink is not None and num_counted >= self._needed():
+            decoder_states = self._decode_and_aggregate(self._uplink)
+            num_counted = len(decoder_states)
+            if num_counted >= self._needed() and not self._advance(decoder_states):
+                num_counted = 0
+        skipped = num_counted < self._needed()
         self._num_good_rounds += not skipped
         self._write_round(version=self.reference.version, skipped=skipped)
         return None, None
@@ -187,6 +149,7 @@ class Exchange(Strategy):
     def _connect(self, grid: Grid) -> None:
         wanted = self._runtime.experiment.num_clients
         deadline = monotonic() + self._options.connect_timeout_seconds
+        pause = _FIRST_CONNECT_PAUSE_SECONDS
         while True:
             self._greet(grid)
             connected = len(self._available(grid))
@@ -198,7 +161,8 @@ class Exchange(Strategy):
                     f"{self._options.connect_timeout_seconds:g} s{self._because()}; start as many SuperNodes (in "
                     f"simulation: --federation-config 'num-supernodes={wanted}'), or lower num_clients"
                 )
-            sleep(_CONNECT_PAUSE_SECONDS)
+            sleep(min(pause, max(0.0, deadline - monotonic())))
+            pause = min(2 * pause, _LONGEST_CONNECT_PAUSE_SECONDS)
 
     def _greet(self, grid: Grid) -> None:
         """Ask every unknown node who it is and what it holds."""
@@ -208,7 +172,8 @@ class Exchange(Strategy):
             return
         hello = Hello(self._training_id, self._runtime.lineage)
         messages = [Message(hello.to_records(), node_id, HELLO, ttl=self._ttl()) for node_id in unknown]
-        post = self._mailbox.exchange(grid, messages, {}, "hello", self._round.number)
+        patience = min(self._options.connect_timeout_seconds, self._options.round_timeout_seconds)
+        post = self._mailbox.exchange(grid, messages, {}, "hello", self._round.number, patience)
         for node_id, message in post.replies:
             try:
                 reply = HelloReply.from_records(_content(message).content)
@@ -264,11 +229,12 @@ class Exchange(Strategy):
         """The replies to this round's messages; everything else is noted."""
         current = self._round
         names = {node_id: seat.client_key for node_id, seat in current.seats.items()}
-        post = self._mailbox.exchange(grid, messages, names, purpose, current.number)
+        timeout = self._options.round_timeout_seconds
+        post = self._mailbox.exchange(grid, messages, names, purpose, current.number, timeout)
         for node_id in post.unsent:
             self._reject(names[node_id], "the node is gone: nothing was sent to it")
         for node_id in post.silent:
-            self._reject(names[node_id], f"no reply within {self._options.round_timeout_seconds:g} s")
+            self._reject(names[node_id], f"no reply within {timeout:g} s")
         for client_key in post.late:
             current.reject(client_key, "late: the round it replies to was over")
         self._asked = {reply.metadata.reply_to_message_id: names[node_id] for node_id, reply in post.replies}
@@ -318,17 +284,20 @@ class Exchange(Strategy):
 
     # From uploads to the next version
 
-    def _decode_and_aggregate(self) -> list[str]:
-        """Decode uploads in the order of names, one dense update at a time; the clients whose upload counts."""
-        assert self._uplink is not None
+    def _decode_and_aggregate(self, uplink: Codec) -> dict[str, Arrays]:
+        """Decode uploads in the order of names, one dense update at a time.
+
+        Returns:
+            For each client whose upload is in the aggregate, the decoder's next state; it holds only if the round does.
+        """
         current = self._round
-        counted = []
+        decoder_states: dict[str, Arrays] = {}
         self._aggregator.begin()
         for client_key, reply in sorted(current.accepted.items()):
-            state = self._uplink_states.get(client_key, self._uplink.initial_state())
+            state = self._uplink_states.get(client_key, uplink.initial_state())
             started = perf_counter()
             try:
-                upload, state = self._uplink.decode(reply.payload or b"", state)
+                upload, state = uplink.decode(reply.payload or b"", state)
             except PayloadError as error:
                 self._reject(client_key, str(error))
                 continue
@@ -336,11 +305,10 @@ class Exchange(Strategy):
             started = perf_counter()
             self._aggregator.add(upload, reply.num_examples)
             current.timed("aggregate", started)
-            self._uplink_states[client_key] = state
-            counted.append(client_key)
-        return counted
+            decoder_states[client_key] = state
+        return decoder_states
 
-    def _advance(self, counted: list[str]) -> bool:
+    def _advance(self, decoder_states: dict[str, Arrays]) -> bool:
         """Move the reference by the aggregate. False, and nothing moved, where the aggregate is not finite."""
         current = self._round
         assignment = Assignment(current.progress, derive_seed(self._seed, "server", current.number))
@@ -356,7 +324,8 @@ class Exchange(Strategy):
             current.reject(_SERVER, str(error))
             return False
         current.timed("encode", started)
-        for client_key in counted:
+        self._uplink_states |= decoder_states
+        for client_key in decoder_states:
             self._roster.counted(client_key, current.number)
         return True
 

@@ -43,12 +43,10 @@ class Mailbox:
 
     Args:
         ledger: where bytes are booked.
-        timeout_seconds: how long a batch waits for its replies.
     """
 
-    def __init__(self, ledger: Ledger, timeout_seconds: float) -> None:
+    def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._timeout_seconds = timeout_seconds
         self._unanswered: dict[str, tuple[int, str]] = {}  # message id -> node id, client key
 
     def busy_nodes(self) -> set[int]:
@@ -56,7 +54,13 @@ class Mailbox:
         return {node_id for node_id, _ in self._unanswered.values()}
 
     def exchange(
-        self, grid: Grid, messages: Sequence[Message], names: Mapping[int, str], purpose: str, server_round: int
+        self,
+        grid: Grid,
+        messages: Sequence[Message],
+        names: Mapping[int, str],
+        purpose: str,
+        server_round: int,
+        timeout_seconds: float,
     ) -> Post:
         """Send a batch and collect its replies.
 
@@ -66,6 +70,7 @@ class Mailbox:
             names: client key of each node, where known.
             purpose: for the ledger.
             server_round: for the ledger.
+            timeout_seconds: how long to wait for the replies.
         """
         sent: dict[str, int] = {}
         unsent: list[int] = []
@@ -79,7 +84,7 @@ class Mailbox:
                 unsent.append(node_id)
         received: list[tuple[int, Message]] = []
         late: list[str] = []
-        for reply in self._poll(grid, set(sent) | set(self._unanswered), set(sent)):
+        for reply in self._poll(grid, set(sent) | set(self._unanswered), set(sent), timeout_seconds):
             message_id = reply.metadata.reply_to_message_id
             if message_id in sent:
                 node_id = sent.pop(message_id)
@@ -93,12 +98,12 @@ class Mailbox:
             self._unanswered[message_id] = (node_id, names.get(node_id, NOBODY))
         return Post(tuple(received), tuple(unsent), tuple(sent.values()), tuple(late))
 
-    def _poll(self, grid: Grid, asked: set[str], needed: set[str]) -> Iterator[Message]:
+    def _poll(self, grid: Grid, asked: set[str], needed: set[str], timeout_seconds: float) -> Iterator[Message]:
         """Yield replies as they come, until all that are needed are there or the time is over.
 
         Polls often at first and after each reply, then less and less.
         """
-        deadline = monotonic() + self._timeout_seconds
+        deadline = monotonic() + timeout_seconds
         pause = _FIRST_PAUSE_SECONDS
         while needed:
             received = list(grid.pull_messages(list(asked)))

@@ -7,7 +7,7 @@ from transformers import ViTForImageClassification
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
 from fedkd_flwr.algorithms.loop import Optimizer, OptimizerOptions, train_supervised
 from fedkd_flwr.compressors.identity import IdentityOptions
-from fedkd_flwr.core.modules import read_arrays
+from fedkd_flwr.core.modules import read_arrays, write_arrays
 from fedkd_flwr.core.protocols import ClientData, Task
 from tests.algorithms.conftest import FIRST, LOCAL, SECOND, SEED, copied, same, under
 
@@ -65,9 +65,13 @@ def test_evaluation_scores_the_private_model_that_it_is_given(task: Task, data: 
     client = OPTIONS.build(task, SEED).client
     version_0 = client.initial_private()
     trained = client.train({}, version_0, data, FIRST).private
-    expected = task.score(task.build_models(SEED).teacher, data.test)
-    assert client.evaluate({}, version_0, data) == {"private": expected}
-    assert client.evaluate({}, trained, data)["private"]["loss"] < expected["loss"]
+    module = task.build_models(SEED).teacher
+    expected = []
+    for private in (version_0, trained):
+        write_arrays(module, private, "model/")
+        expected.append({"private": task.score(module, data.test)})
+    assert expected[0] != expected[1]
+    assert [client.evaluate({}, private, data) for private in (version_0, trained)] == expected
 
 
 def test_the_private_model_is_exported(task: Task, tmp_path: Path) -> None:

@@ -147,6 +147,16 @@ def test_state_under_another_prefix_is_left_alone() -> None:
     assert second.read_state("") == {}
 
 
+def test_an_optimizer_of_nothing_does_nothing() -> None:
+    module = network().requires_grad_(False)
+    before = weights(module)
+    optimizer = Optimizer(OptimizerOptions(max_grad_norm=1.0), module.named_parameters())
+    optimizer.write_state("", {"0.weight/step": np.array(1.0)})
+    optimizer.step()
+    assert optimizer.read_state("") == {}
+    assert same(weights(module), before)
+
+
 @pytest.mark.parametrize("limit", [0.01, 0.1])
 def test_the_gradient_is_clipped_to_its_norm_over_all_parameters(limit: float) -> None:
     module = network()

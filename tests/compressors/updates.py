@@ -28,9 +28,9 @@ SPEC: Spec = (
 
 
 def low_rank(rng: np.random.Generator, shape: tuple[int, ...], rank: int = 1) -> NDArray[np.float32]:
-    """Values whose matrix [first, rest] has about this rank; any values for a vector."""
-    rows = shape[0] if shape else 1
-    cols = int(np.prod(shape[1:], dtype=np.int64)) if shape else 1
+    """Values whose matrix has about this rank, where axes of size 1 don't count; any values for a vector."""
+    rows, *others = [axis for axis in shape if axis != 1] or [1]
+    cols = int(np.prod(others, dtype=np.int64))
     values = rng.standard_normal((rows, rank)) @ rng.standard_normal((rank, cols))
     return (values + 0.01 * rng.standard_normal((rows, cols))).astype(np.float32).reshape(shape)
 
@@ -43,7 +43,7 @@ def sample_update(spec: Spec = SPEC, seed: int = 0) -> Update:
 
 @st.composite
 def specs_with_updates(draw: st.DrawFn) -> tuple[Spec, Update]:
-    """Up to four tensors of 0 to 5 axes: zero, constant, of low rank or Gaussian, of any magnitude that training has."""
+    """Up to four tensors of 0 to 5 axes: zero, constant, of low rank or Gaussian, small or large."""
     shapes = draw(st.lists(st.lists(st.integers(0, 7), max_size=5).map(tuple), max_size=4))
     kinds = [draw(st.sampled_from(["parameter", "buffer"])) for _ in shapes]
     spec = tuple(TensorSpec(f"t{i}", s, k) for i, (s, k) in enumerate(zip(shapes, kinds, strict=True)))  # type: ignore[arg-type]

@@ -557,7 +557,7 @@ def test_own_loss_with_every_term_off_is_the_task_loss() -> None:
 
 @pytest.mark.parametrize("name", ["mutual", "hidden", "attention"])
 def test_one_term_is_enough_to_learn_from_each_other(name: str) -> None:
-    assert DistillationTerms(**{"mutual": False, "hidden": False, "attention": False, name: True}).any  # type: ignore[arg-type]
+    assert DistillationTerms(**{"mutual": False, "hidden": False, "attention": False, name: True}).any
 
 
 def test_a_term_that_one_side_does_not_offer_is_left_out() -> None:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,13 +35,13 @@ def test_linear_between_energies_is_always_an_energy(start: float, end: float, p
 def test_linear_rises_with_every_round_when_it_ends_higher(num_rounds: int) -> None:
     schedule = linear(0.95, 0.98)
     values = [schedule(progress_of(server_round, num_rounds)) for server_round in range(1, num_rounds + 1)]
-    assert all(earlier < later for earlier, later in zip(values, values[1:], strict=False))
+    assert all(earlier < later for earlier, later in pairwise(values))
     assert (values[0], values[-1]) == (0.95, 0.98)
 
 
 def test_linear_falls_with_every_round_when_it_ends_lower() -> None:
     values = [linear(0.9, 0.1)(step / 50) for step in range(51)]
-    assert all(earlier > later for earlier, later in zip(values, values[1:], strict=False))
+    assert all(earlier > later for earlier, later in pairwise(values))
 
 
 @pytest.mark.parametrize("progress", [-1e-9, 1.0 + 1e-9, 2.0, float("nan"), float("inf")])
