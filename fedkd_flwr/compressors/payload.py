@@ -71,6 +71,9 @@ def pack(spec: Spec, parts: Mapping[str, Part], codec_id: int) -> bytes:
         spec: the tensors, in order.
         parts: one for each tensor of the spec.
         codec_id: 0 to 255; `unpack` refuses another.
+
+    Raises:
+        ValueError: if dense values have another shape than their tensor.
     """
     table = bytearray()
     factors: list[bytes] = []
@@ -83,6 +86,8 @@ def pack(spec: Spec, parts: Mapping[str, Part], codec_id: int) -> bytes:
             factors += [_bytes(part.left), _bytes(part.right)]
         elif isinstance(part, Dense):
             table.append(Form.DENSE_FLOAT32)
+            if part.values.shape != tensor.shape:
+                raise ValueError(f"tensor {tensor.name!r} has shape {tensor.shape}, got values of {part.values.shape}")
             dense.append(_bytes(part.values))
         else:
             table.append(Form.ZERO)

@@ -69,5 +69,5 @@ def _cheapest(tensor: TensorSpec, value: Array, energy: float) -> Part:
         left, right = factorise(np.ascontiguousarray(value.reshape(shape), np.float32), energy)
     except np.linalg.LinAlgError:
         return Dense(value)
-    # Rank 0 is left when the squares of a tiny update underflow; it is not zero, so it travels dense.
+    # Rank 0 is left when the singular values of a tiny update underflow; it is not zero, so it travels dense.
     return Factored(left, right) if 0 < left.size + right.size < value.size else Dense(value)

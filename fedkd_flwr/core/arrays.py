@@ -54,14 +54,17 @@ def digest(arrays: Arrays) -> bytes:
     state = hashlib.sha256()
     for name in sorted(arrays):
         value = np.ascontiguousarray(arrays[name])
-        state.update(f"{name}:{value.dtype.str}:{value.shape}\n".encode())
+        state.update(f"{name}:{value.dtype.str}:{np.shape(arrays[name])}\n".encode())
         state.update(value.tobytes())
     return state.digest()
 
 
 def difference(local: Arrays, reference: Arrays, spec: Spec) -> dict[str, Array]:
     """The update: local minus reference, float32, for the tensors of `spec`."""
-    return {t.name: np.asarray(local[t.name], np.float32) - np.asarray(reference[t.name], np.float32) for t in spec}
+    return {
+        t.name: np.asarray(np.asarray(local[t.name], np.float32) - np.asarray(reference[t.name], np.float32))
+        for t in spec  # asarray once more: a difference of scalars is not an array
+    }
 
 
 def apply_update(reference: Arrays, update: Arrays) -> dict[str, Array]:
@@ -71,7 +74,7 @@ def apply_update(reference: Arrays, update: Arrays) -> dict[str, Array]:
     """
     moved = dict(reference)
     for name, change in update.items():
-        value = reference[name] + change
+        value = np.asarray(reference[name] + change)
         moved[name] = np.maximum(value, np.float32(0)) if name.endswith("running_var") else value
     return moved
 
@@ -102,14 +105,18 @@ class RunningMean:
         """Add one item.
 
         Raises:
-            ValueError: if the weight is not a positive finite number, or the names differ from the first item's.
+            ValueError: if the weight is not a positive finite number, or names or shapes differ from the first item's.
         """
         if not (np.isfinite(weight) and weight > 0):
             raise ValueError(f"a weight must be a positive finite number, got {weight}")
-        if self._sums and arrays.keys() != self._sums.keys():
-            raise ValueError(f"all items need the same arrays; differing: {sorted(arrays.keys() ^ self._sums.keys())}")
+        if self._weight > 0:
+            if arrays.keys() != self._sums.keys():
+                differing = sorted(arrays.keys() ^ self._sums.keys())
+                raise ValueError(f"all items need the same arrays; differing: {differing}")
+            if differing := [name for name, value in arrays.items() if value.shape != self._sums[name].shape]:
+                raise ValueError(f"all items need the same shapes; differing: {differing}")
         for name, value in arrays.items():
-            term = value.astype(np.float64) * weight
+            term = np.asarray(value.astype(np.float64) * weight)
             if name in self._sums:
                 self._sums[name] += term
             else:
@@ -124,7 +131,7 @@ class RunningMean:
         """
         if self._weight == 0.0:
             raise ValueError("the mean of no items is undefined; add at least one")
-        return {name: (value / self._weight).astype(np.float32) for name, value in self._sums.items()}
+        return {name: np.asarray(value / self._weight, np.float32) for name, value in self._sums.items()}
 
 
 def weighted_mean(items: Iterable[tuple[Arrays, float]]) -> dict[str, Array]:

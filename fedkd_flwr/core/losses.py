@@ -19,7 +19,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Equations 1 and 2: cross-entropy in nats, mean over the positions that have a label; 0 where none has.
 
     Args:
-        logits: [..., classes].
+        logits: [..., classes], at least two axes.
         labels: [...], class indices; -100 marks a position without a label.
     """
     total = functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
@@ -47,11 +47,11 @@ def distillation(learner_logits: Tensor, guide_logits: Tensor, labels: Tensor, t
         labels: [...]; only positions other than -100 count.
         temperature: > 0.
     """
-    log_p = (learner_logits / temperature).log_softmax(dim=-1)
-    log_q = (guide_logits.detach() / temperature).log_softmax(dim=-1)
     labelled = labels != NO_LABEL
-    divergence = torch.where(labelled, kl_divergence(log_p, log_q), torch.zeros_like(log_p[..., 0]))
-    return temperature**2 * divergence.sum() / labelled.sum().clamp(min=1)
+    log_p = (torch.where(labelled[..., None], learner_logits, 0.0) / temperature).log_softmax(dim=-1)
+    log_q = (torch.where(labelled[..., None], guide_logits.detach(), 0.0) / temperature).log_softmax(dim=-1)
+    # Positions without a label are equal on both sides now, so they add nothing.
+    return temperature**2 * kl_divergence(log_p, log_q).sum() / labelled.sum().clamp(min=1)
 
 
 def masked_mse(learner: Tensor, guide: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -62,11 +62,13 @@ def masked_mse(learner: Tensor, guide: Tensor, mask: Tensor | None = None) -> Te
         guide: the same shape.
         mask: broadcastable to that shape, true where an element counts; None where all do.
     """
-    squared = (learner - guide.detach()) ** 2
+    target = guide.detach()
     if mask is None:
-        return squared.mean()
-    kept = mask.expand_as(squared)
-    return torch.where(kept, squared, torch.zeros_like(squared)).sum() / kept.sum().clamp(min=1)
+        return ((learner - target) ** 2).mean()
+    kept = mask.expand_as(learner)
+    # Masked before it is squared: a model may leave NaN where a token is padding, and NaN survives a later mask.
+    difference = torch.where(kept, learner, 0.0) - torch.where(kept, target, 0.0)
+    return (difference**2).sum() / kept.sum().clamp(min=1)
 
 
 def layer_map(num_student_layers: int, num_teacher_layers: int) -> tuple[int, ...]:
@@ -79,7 +81,7 @@ def layer_map(num_student_layers: int, num_teacher_layers: int) -> tuple[int, ..
     Raises:
         ValueError: if the ratio is not a whole number; name the pairs yourself then.
     """
-    if num_student_layers < 1 or num_teacher_layers % num_student_layers:
+    if num_student_layers < 1 or num_teacher_layers < 1 or num_teacher_layers % num_student_layers:
         raise ValueError(
             f"{num_teacher_layers} teacher layers over {num_student_layers} student layers is not a whole number; "
             "give layer_map, one teacher layer for each student layer"
@@ -138,7 +140,11 @@ def adaptive_divisor(teacher_task: Tensor, student_task: Tensor, floor: float) -
 
 @dataclass(frozen=True, slots=True)
 class DistillationTerms:
-    """Which terms of equations 3 to 5 take part. All off leaves plain supervised training."""
+    """Which terms of equations 3 to 5 take part. All off leaves plain supervised training.
+
+    The caller leaves `Side.hidden` or `Side.attentions` empty where that term is off, and passes a divisor of 1 where
+    `adaptive` is.
+    """
 
     mutual: bool = True
     hidden: bool = True
@@ -146,11 +152,6 @@ class DistillationTerms:
     adaptive: bool = True
     temperature: float = 1.0
     divisor_floor: float = 0.1
-
-    @property
-    def any(self) -> bool:
-        """Whether teacher and student learn from each other at all."""
-        return self.mutual or self.hidden or self.attention
 
 
 @dataclass(frozen=True, slots=True)

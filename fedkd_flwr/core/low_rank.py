@@ -59,12 +59,14 @@ def factorise(matrix: Matrix, energy: float) -> tuple[Matrix, Matrix]:
         energy: in (0, 1].
 
     Raises:
-        numpy.linalg.LinAlgError: if the decomposition does not converge.
+        numpy.linalg.LinAlgError: if the decomposition does not converge, or overflows.
     """
     try:
         u, s, vt = torch.linalg.svd(torch.from_numpy(np.ascontiguousarray(matrix)), full_matrices=False)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise np.linalg.LinAlgError(str(error)) from error
+    if not torch.isfinite(s).all():
+        raise np.linalg.LinAlgError("singular values overflow float32")
     rank = smallest_rank(s.numpy(), energy)
     left: Matrix = (u[:, :rank] * s[:rank]).contiguous().numpy()
     right: Matrix = vt[:rank].contiguous().numpy()

@@ -43,15 +43,16 @@ def unpack_snapshot(data: bytes, template: Arrays) -> dict[str, Array]:
     offset = _HEADER_BYTES
     for name in sorted(template):
         like = _little_endian(template[name])
-        value = np.frombuffer(data, like.dtype, like.size, offset).astype(template[name].dtype).reshape(like.shape)
-        if not np.isfinite(value).all():
+        values = np.frombuffer(data, like.dtype, like.size, offset).astype(template[name].dtype)
+        if not np.isfinite(values).all():
             raise SnapshotError(f"snapshot: {name!r} holds numbers that are not finite")
-        arrays[name] = value
+        arrays[name] = values.reshape(template[name].shape)
         offset += like.nbytes
     return arrays
 
 
 def _little_endian(value: Array) -> Array:
+    """The values in memory order; a scalar gets one axis, so shapes are the template's to say."""
     return np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
 
 

@@ -91,6 +91,10 @@ def test_digest_changes_with_every_part(change: Callable[[dict[str, Array]], dic
     assert digest(change(item(0))) != digest(item(0))
 
 
+def test_digest_tells_types_of_the_same_bytes_apart() -> None:
+    assert digest({"w": np.zeros(3, np.float32)}) != digest({"w": np.zeros(3, np.int32)})
+
+
 # Updates
 
 

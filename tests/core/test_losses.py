@@ -49,7 +49,8 @@ def grad_of(tensor: Tensor) -> Tensor:
 
 def oracle_probabilities(logits: Float64) -> Float64:
     powers = np.exp(logits - logits.max())
-    return powers / powers.sum()
+    probabilities: Float64 = powers / powers.sum()
+    return probabilities
 
 
 def oracle_cross_entropy(logits: Float64, labels: NDArray[np.int64]) -> float:
