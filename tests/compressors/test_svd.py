@@ -237,3 +237,12 @@ def test_a_decomposition_that_fails_falls_back_to_dense(monkeypatch: pytest.Monk
     update = sample_update()
     codec = SvdCodec(SPEC, linear(0.95, 0.95))
     assert same_bits(codec.decode(sent(codec, update), {})[0], update)
+
+
+def test_an_update_whose_singular_values_overflow_travels_dense() -> None:
+    spec = (TensorSpec("w", (16, 16)),)
+    update = {"w": np.full((16, 16), 1e38, np.float32)}
+    codec = SvdOptions().build(spec)
+    payload, _ = codec.encode(update, {}, progress=0.0, seed=0)
+    decoded, _ = codec.decode(payload, {})
+    assert np.array_equal(decoded["w"], update["w"])

@@ -260,3 +260,28 @@ def test_items_with_other_names_are_refused_and_leave_the_mean(names: list[str])
     with pytest.raises(ValueError, match="all items need the same arrays; differing"):
         mean.add({name: np.full(1, 9.0, np.float32) for name in names}, 1.0)
     assert mean.result()["w"].tolist() == [1.0]
+
+
+def test_scalars_stay_arrays_and_keep_their_shape() -> None:
+    spec = (TensorSpec("scale", ()),)
+    update = difference({"scale": np.array(3, np.float32)}, {"scale": np.array(1, np.float32)}, spec)
+    moved = apply_update({"scale": np.array(1, np.float32)}, update)
+    mean = weighted_mean([(update, 1.0), (update, 3.0)])
+    for arrays in (update, moved, mean):
+        assert isinstance(arrays["scale"], np.ndarray)
+        assert (arrays["scale"].shape, arrays["scale"].dtype) == ((), np.float32)
+
+
+def test_digest_tells_a_scalar_from_a_vector_of_one() -> None:
+    assert digest({"x": np.zeros(())}) != digest({"x": np.zeros(1)})
+
+
+def test_the_running_mean_refuses_another_shape_and_a_first_item_without_arrays_counts() -> None:
+    mean = RunningMean()
+    mean.add({"x": np.zeros(3, np.float32)}, 1.0)
+    with pytest.raises(ValueError, match="same shapes"):
+        mean.add({"x": np.zeros(1, np.float32)}, 1.0)
+    empty = RunningMean()
+    empty.add({}, 1.0)
+    with pytest.raises(ValueError, match="same arrays"):
+        empty.add({"x": np.zeros(3, np.float32)}, 1.0)

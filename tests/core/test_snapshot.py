@@ -52,7 +52,7 @@ def test_snapshot_of_any_shapes_and_types_gives_back_every_bit(
     assert_same(unpack_snapshot(data, arrays), arrays)
 
 
-@pytest.mark.parametrize("shape", [(1,), (3,), (1, 1), (3, 4), (4, 3), (2, 1, 3, 3), (0, 3)])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (1, 1), (3, 4), (4, 3), (2, 1, 3, 3), (0, 3)])
 def test_snapshot_gives_back_the_shape(shape: tuple[int, ...]) -> None:
     arrays = {"w": np.ones(shape, np.float32)}
     assert unpack_snapshot(pack_snapshot(arrays), arrays)["w"].shape == shape
