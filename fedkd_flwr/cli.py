@@ -68,7 +68,10 @@ def report(
     for directory in directories:
         if not (directory / LEDGER_FILE).is_file():
             raise ConfigError(f"{str(directory)!r} holds no {LEDGER_FILE}; give results/<experiment>/<run>")
-    _show(directories, output_dir)
+    try:
+        _show(directories, _writable(output_dir) if output_dir else None)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"a {LEDGER_FILE} can't be read as the ledger of a run: {error!r}") from error
 
 
 @app.command()
@@ -77,7 +80,11 @@ def check(conf: Config, overrides: Overrides = None) -> None:
     from fedkd_flwr.flower.forecast import forecast
 
     experiment = load(conf, overrides or ())
-    expected = forecast(experiment)
+    _root(experiment, None)
+    try:
+        expected = forecast(experiment)
+    except ValueError as error:
+        raise ConfigError(f"one client's first round failed: {error}") from error
     out.print(f"{conf}: valid; {expected.describe()}", highlight=False, soft_wrap=True)
 
 
@@ -123,10 +130,19 @@ def _run(experiment: Experiment, output_dir: Path | None, in_process: bool) -> P
 
 def _root(experiment: Experiment, output_dir: Path | None) -> Path:
     """Where results go; made and tried now, because a run that can't write loses its work."""
-    root = (output_dir or Path(experiment.output_dir)).expanduser().resolve()
-    existing = next(parent for parent in (root, *root.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir: must be a directory that can be written, got {str(root)!r}")
+    return _writable(output_dir or Path(experiment.output_dir))
+
+
+def _writable(directory: Path) -> Path:
+    """The directory, absolute; it need not exist, but it must be possible to make it and to write there."""
+    try:
+        root = directory.expanduser().resolve()
+        existing = next(parent for parent in (root, *root.parents) if parent.exists())
+        usable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    except (OSError, ValueError, RuntimeError):  # no such user, a zero byte, a name too long
+        usable = False
+    if not usable:
+        raise ConfigError(f"output_dir: must be a directory that can be written, got {str(directory)!r}")
     return root
 
 

@@ -19,6 +19,7 @@ from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks import TASKS, TaskOptions
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # experiment names and client keys become file names
+MAX_TIMEOUT_SECONDS = 30 * 86_400.0
 
 
 class ConfigError(Exception):
@@ -47,7 +48,7 @@ _TABLES: dict[str, Mapping[str, type[BaseModel]]] = {
 }
 
 
-class AggregatorOptions(BaseModel, extra="forbid", frozen=True):
+class AggregatorOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """How uploads become one.
 
     Attributes:
@@ -59,7 +60,7 @@ class AggregatorOptions(BaseModel, extra="forbid", frozen=True):
     weighting: Literal["uniform", "num_examples"] = "uniform"
 
 
-class ServerOptions(BaseModel, extra="forbid", frozen=True):
+class ServerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """What the server waits for and how it counts.
 
     Attributes:
@@ -73,11 +74,11 @@ class ServerOptions(BaseModel, extra="forbid", frozen=True):
     aggregator: AggregatorOptions = AggregatorOptions()
     fraction_train: float = Field(1.0, gt=0, le=1)
     min_replies: int = Field(2, ge=1)
-    round_timeout_seconds: float = Field(600.0, gt=0)
-    connect_timeout_seconds: float = Field(120.0, gt=0)
+    round_timeout_seconds: float = Field(600.0, gt=0, le=MAX_TIMEOUT_SECONDS)
+    connect_timeout_seconds: float = Field(120.0, gt=0, le=MAX_TIMEOUT_SECONDS)
 
 
-class Experiment(BaseModel, extra="forbid", frozen=True):
+class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A validated experiment.
 
     Attributes:
@@ -95,7 +96,7 @@ class Experiment(BaseModel, extra="forbid", frozen=True):
     name: str = Field(pattern=NAME_PATTERN)
     seed: int = Field(0, ge=0, lt=2**63)
     num_clients: int = Field(ge=1, le=100_000)
-    num_rounds: int = Field(ge=1)
+    num_rounds: int = Field(ge=1, le=1_000_000)
     output_dir: str = Field("results", min_length=1)
     task: AnyTask
     algorithm: AnyAlgorithm
@@ -128,8 +129,8 @@ class Experiment(BaseModel, extra="forbid", frozen=True):
         """
         try:
             return self.task.build(self.num_clients, self.seed)
-        except ValueError as error:
-            raise ConfigError(_one_line(str(error))) from error
+        except (ValueError, RuntimeError, MemoryError) as error:
+            raise ConfigError(_one_line(str(error)) or "not enough memory for the data") from error
 
     def build_algorithm(self, task: Task) -> Algorithm:
         """The algorithm on that task.
@@ -139,8 +140,8 @@ class Experiment(BaseModel, extra="forbid", frozen=True):
         """
         try:
             return self.algorithm.build(task, derive_seed(self.seed, "models"))
-        except ValueError as error:
-            raise ConfigError(_one_line(str(error))) from error
+        except (ValueError, RuntimeError, MemoryError) as error:  # torch says RuntimeError when memory is short
+            raise ConfigError(_one_line(str(error)) or "not enough memory for the models") from error
 
     def to_yaml(self) -> str:
         """The resolved experiment, every default written out; `parse` reads it back to an equal one."""
@@ -170,7 +171,7 @@ def parse(text: str, overrides: Iterable[str] = (), source: str = "config") -> E
     """Read an experiment from YAML text; see `load`."""
     try:
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or a number may be no date and no number
         raise ConfigError(f"{source} is not YAML: {_one_line(str(error))}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} must be a mapping with keys like name, task and algorithm, got {_kind(raw)}")
@@ -189,19 +190,29 @@ def _overridden(raw: dict[str, Any], override: str) -> dict[str, Any]:
         raise ConfigError(f"an override must look like key.key=value, got {override!r}")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {key.strip()}: {text!r} is not a YAML value") from None
-    if len(path) == 2 and path[1] == "name" and path[0] in _TABLES:
-        return raw | {path[0]: _swapped(path[0], raw.get(path[0]), value)}
+    if len(path) > 1 and path[-1] == "name":
+        kept = _kept_options(raw, path[:-1], str(value))
+        return cast(dict[str, Any], _set(raw, path[:-1], kept | {"name": value}, key.strip()))
     return cast(dict[str, Any], _set(raw, path, value, key.strip()))
 
 
-def _swapped(section: str, options: object, name: object) -> dict[str, Any]:
-    """The section under another plug-in's name, with those of its options that the other one knows too."""
-    kind = _TABLES[section].get(str(name))
-    known = set(kind.model_fields) if kind else set()
-    kept = {k: v for k, v in options.items() if k in known} if isinstance(options, dict) else {}
-    return kept | {"name": name}
+def _kept_options(raw: dict[str, Any], path: list[str], name: str) -> dict[str, Any]:
+    """Options of a section that the plug-in of another name knows too."""
+    options: object = raw
+    candidates: list[type[BaseModel]] = [Experiment]
+    for part in path:
+        options = options.get(part) if isinstance(options, dict) else None
+        named = options.get("name") if isinstance(options, dict) else None
+        fields = [model.model_fields[part] for model in candidates if part in model.model_fields]
+        candidates = [model for info in fields for model in _models_in(info.annotation)]
+        if part != path[-1] and len(candidates) > 1:
+            candidates = [model for model in candidates if model.model_fields["name"].default == named]
+    known = {key for m in candidates if m.model_fields["name"].default == name for key in m.model_fields}
+    if len(candidates) == 1:  # one kind of section, whose `name` is an ordinary option, such as an optimiser's
+        known = set(candidates[0].model_fields)
+    return {k: v for k, v in options.items() if k in known} if isinstance(options, dict) else {}
 
 
 def _set(node: object, path: list[str], value: object, key: str) -> object:
@@ -234,8 +245,8 @@ def _describe(detail: ErrorDetails) -> str:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tags = context.get("expected_tags", "")
         name = got.get("name") if isinstance(got, Mapping) else got
-        names = str(tags) or ", ".join(repr(n) for n in _TABLES.get(key, {}))
-        return f"{key}.name: must be one of {names or 'the known names'}, got {name!r}"
+        names = str(tags) or ", ".join(repr(n) for n in _names_in(detail["loc"]))
+        return f"{key}.name: must be one of {names}, got {name!r}"
     message = _one_line(detail["msg"].removeprefix("Value error, "))
     if kind == "value_error":
         return f"{key}: {message}" if key else message
@@ -261,6 +272,13 @@ def _locate(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | Non
         info = holder.model_fields.get(str(part)) if holder else None
         candidates = _models_in(info.annotation) if info else []
     return ".".join(key), holder
+
+
+def _names_in(location: tuple[int | str, ...]) -> list[str]:
+    """Names that a section of plug-ins may have."""
+    key, holder = _locate(location)
+    info = holder.model_fields.get(key.rsplit(".", 1)[-1]) if holder else None
+    return [str(model.model_fields["name"].default) for model in (_models_in(info.annotation) if info else [])]
 
 
 def _models_in(annotation: object) -> list[type[BaseModel]]:

@@ -44,6 +44,13 @@ def conf(tmp_path: Path) -> str:
         ("server.min_replies=4", "server.min_replies must be at most the 3 clients that train in a round, got 4"),
         ("algorithm.layer_map=[1, 2]", "algorithm.layer_map must name 1 teacher layers in [1, 2], got [1, 2]"),
         ("output_dir=/dev/null/x", "output_dir: must be a directory that can be written, got '/dev/null/x'"),
+        ("output_dir=~nobody-here/x", "output_dir: must be a directory that can be written, got '~nobody-here/x'"),
+        ("name=2024-13-45", "override name: '2024-13-45' is not a YAML value"),
+        ("task.partition={alpha: 0.5}", "task.partition.name: must be one of 'iid', 'dirichlet', got None"),
+        (
+            "algorithm.student_optimizer.learning_rate=.inf",
+            "algorithm.student_optimizer.learning_rate: must be",
+        ),
         ("seed", "an override must look like key.key=value, got 'seed'"),
     ],
 )
@@ -102,6 +109,15 @@ def test_report_draws_a_finished_run_again(run: Run, tmp_path: Path) -> None:
 
 def test_report_of_a_directory_without_a_run_is_exit_2(tmp_path: Path) -> None:
     assert fedkd("report", str(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("text", ["", "{}\n", "not json\n", '{"kind": "round"}\n'])
+def test_report_of_something_else_than_a_ledger_is_one_line_and_exit_2(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ledger.jsonl").write_text(text)
+    assert fedkd("report", str(tmp_path)) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_check_predicts_the_bytes_of_a_first_round(conf: str, capsys: pytest.CaptureFixture[str], run: Run) -> None:

@@ -48,7 +48,7 @@ def message_of(text: str, *overrides: str) -> str:
         ("seed=9223372036854775808", "seed: must be less than 9223372036854775808, got 9223372036854775808"),
         ("compressor.energy_start=1.5", "compressor.energy_start: must be less than or equal to 1, got 1.5"),
         ("compressor.energy_end=0", "compressor.energy_end: must be greater than 0, got 0"),
-        ("algorithm.temperature=.nan", "algorithm.temperature: must be greater than 0, got nan"),
+        ("algorithm.temperature=.nan", "algorithm.temperature: must be a finite number, got nan"),
         ("algorithm.divisor_floor=0", "algorithm.divisor_floor: must be greater than 0, got 0"),
         ("algorithm.local.batch_size=0", "algorithm.local.batch_size: must be greater than or equal to 1, got 0"),
         ("task.client_test_fraction=1", "task.client_test_fraction: must be less than 1, got 1"),
@@ -261,9 +261,20 @@ def test_the_resolved_yaml_writes_every_default_out() -> None:
         ("algorithm.layer_map=[2]", "algorithm.student_optimizer.max_grad_norm=1.5"),
         ("algorithm.name=local_only", "compressor.name=identity"),
         ("seed=9223372036854775807", "task.partition={name: dirichlet, alpha: 0.1}"),
-        ("server.round_timeout_seconds=.inf",),
+        ("server.round_timeout_seconds=86400",),
     ],
 )
 def test_the_resolved_yaml_reads_back_to_an_equal_experiment(overrides: tuple[str, ...]) -> None:
     experiment = parse(BASE, overrides)
     assert parse(experiment.to_yaml()) == experiment
+
+
+def test_a_partition_is_swapped_by_its_name_and_keeps_what_the_other_knows() -> None:
+    skewed = parse(BASE, ["task.partition={name: dirichlet, alpha: 0.1, min_examples: 3}"])
+    assert parse(skewed.to_yaml(), ["task.partition.name=iid"]).task.model_dump()["partition"] == {"name": "iid"}
+
+
+def test_an_optimizer_is_swapped_by_its_name_and_keeps_its_options() -> None:
+    before = parse(BASE, ["algorithm.student_optimizer.learning_rate=0.5"]).to_yaml()
+    optimizer = parse(before, ["algorithm.student_optimizer.name=sgd"]).model_dump()["algorithm"]["student_optimizer"]
+    assert (optimizer["name"], optimizer["learning_rate"]) == ("sgd", 0.5)

@@ -125,7 +125,7 @@ class Algorithm:
     num_student_parameters: int
 
 
-class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True):
+class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):
     """Options of one algorithm, `name` first. They build it for a task."""
 
     name: str

@@ -80,8 +80,7 @@ class FedKDOptions(AlgorithmOptions):
         """FedKD between the task's teacher and student.
 
         Raises:
-            ValueError: if the student is as large as the teacher or larger, the layers can't be mapped, or a term asks
-                for what the models don't return.
+            ValueError: if the layers can't be mapped, or a term asks for what the models don't return.
         """
         models = task.build_models(seed)
         shared = SharedModel(task, models.student)
@@ -207,7 +206,7 @@ def _mapped_layers(task: Task, models: Models, options: FedKDOptions) -> tuple[t
         of_teacher = task.forward(models.teacher.eval(), task.example_batch(), **wanted)
         of_student = task.forward(models.student.eval(), task.example_batch(), **wanted)
     if not (of_teacher.hidden_states and of_student.hidden_states):
-        raise ValueError("algorithm.hidden: these models return no hidden states; set hidden and attention to false")
+        raise ValueError("algorithm: these models return no hidden states; set hidden and attention to false")
     if options.attention and not (of_teacher.attentions and of_student.attentions):
         raise ValueError("algorithm.attention: these models return no attention maps; set attention to false")
     num_teacher, num_student = len(of_teacher.hidden_states) - 1, len(of_student.hidden_states) - 1

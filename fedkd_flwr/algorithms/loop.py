@@ -18,14 +18,14 @@ from fedkd_flwr.core.seeds import derive_seed
 Step = Callable[[Batch], Mapping[str, float]]
 
 
-class LocalTraining(BaseModel, extra="forbid", frozen=True):
+class LocalTraining(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """How long and in what portions a client trains in one round."""
 
     num_epochs: int = Field(2, ge=1)
     batch_size: int = Field(16, ge=1)
 
 
-class OptimizerOptions(BaseModel, extra="forbid", frozen=True):
+class OptimizerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """An optimiser of torch. `max_grad_norm` clips the gradient's norm over all parameters; null leaves it."""
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
@@ -41,6 +41,8 @@ class Optimizer:
     def __init__(self, options: OptimizerOptions, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self._named = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         self._max_grad_norm = options.max_grad_norm
+        for parameter in self._named.values():
+            parameter.grad = None  # a step that failed may have left one
         self._optimizer = _build(options, list(self._named.values())) if self._named else None
 
     def step(self) -> None:

@@ -8,7 +8,7 @@ from fedkd_flwr.core.arrays import Spec
 from fedkd_flwr.core.protocols import Codec
 
 
-class CompressorOptions(BaseModel, ABC, extra="forbid", frozen=True):
+class CompressorOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):
     """Options of one compressor, `name` first. They build the codec for any list of tensors."""
 
     name: str

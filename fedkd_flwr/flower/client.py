@@ -5,15 +5,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
+import torch
 from flwr.app import Context, Message
 
 from fedkd_flwr.algorithms.base import Assignment, Metrics
+from fedkd_flwr.core.modules import without_prefix
 from fedkd_flwr.core.protocols import ClientData
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.core.snapshot import unpack_snapshot
 from fedkd_flwr.flower.errors import StateError
 from fedkd_flwr.flower.lineage import next_lineage
 from fedkd_flwr.flower.records import Hello, HelloReply, Instruction, Reply
+from fedkd_flwr.flower.reference import DECODER, SHARED, snapshot_arrays
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.settings import ClientSettings, client_settings
 from fedkd_flwr.flower.store import ClientState, ClientStore, LastReply
@@ -68,7 +71,7 @@ def hello(message: Message, context: Context, app_dir: Path) -> Message:
     version: int | None = state.version if state else 0
     if state is None and asked.initial_digest != client.runtime.lineage:
         version = None
-    reply = HelloReply(client.settings.client_key, version, lineage, len(client.data.train))
+    reply = HelloReply(client.settings.client_key, version, lineage, len(client.data.train), fresh=state is None)
     return Message(reply.to_records(), reply_to=message)
 
 
@@ -120,13 +123,14 @@ def catch_up(runtime: Runtime, state: ClientState, instruction: Instruction) -> 
     """
     wires = runtime.wires
     if instruction.snapshot is not None:
-        shared = unpack_snapshot(instruction.snapshot, runtime.initial)
+        template = snapshot_arrays(runtime.initial, wires.downlink.initial_state() if wires else {})
+        arrays = unpack_snapshot(instruction.snapshot, template)
         return replace(
             state,
-            shared=shared,
+            shared=without_prefix(SHARED, arrays),
+            downlink=without_prefix(DECODER, arrays),
             version=instruction.version,
             lineage=instruction.lineage,
-            downlink=wires.downlink.initial_state() if wires else {},
         )
     missing = instruction.version - state.version
     if not 0 <= missing <= len(instruction.payloads):
@@ -159,7 +163,9 @@ def _train(client: Client, state: ClientState, instruction: Instruction) -> tupl
     scores = half.evaluate(state.shared, state.private, client.data)
     seed = derive_seed(settings.experiment.seed, "client", instruction.server_round, settings.client_key)
     started = perf_counter()
-    trained = half.train(state.shared, state.private, client.data, Assignment(instruction.progress, seed))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # dropout and the like draw from torch's global source
+        trained = half.train(state.shared, state.private, client.data, Assignment(instruction.progress, seed))
     after_training = perf_counter()
     payload: bytes | None = None
     pending = state.committed

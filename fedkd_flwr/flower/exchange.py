@@ -17,8 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedkd_flwr.algorithms.base import Assignment
-from fedkd_flwr.compressors.payload import PayloadError
-from fedkd_flwr.core.arrays import Arrays
+from fedkd_flwr.core.arrays import Arrays, RunningMean
 from fedkd_flwr.core.protocols import Codec, Examples
 from fedkd_flwr.core.schedules import progress_of
 from fedkd_flwr.core.seeds import derive_seed
@@ -37,6 +36,8 @@ _TTL_MARGIN_SECONDS = 60.0
 _FIRST_CONNECT_PAUSE_SECONDS = 0.1
 _LONGEST_CONNECT_PAUSE_SECONDS = 2.0
 _SERVER = "server"
+_HELLO = "hello"
+_ATTEMPT = 1  # a round is not tried twice
 
 _log = logging.getLogger("fedkd")
 
@@ -65,6 +66,7 @@ class Exchange(Strategy):
         self._roster = Roster()
         self._mailbox = Mailbox(ledger)
         self._asked: dict[str, str] = {}  # message id -> client key, of the replies in hand
+        self._buffers = RunningMean()
         self._num_good_rounds = 0
         self._first_failure = ""
         self.reference = Reference(
@@ -94,7 +96,7 @@ class Exchange(Strategy):
         """
         self.summary()
         self._connect(grid)
-        self._write_round(version=0, skipped=False)
+        self._write_row("round", version=0, skipped=False, payload_bytes=0)
         for number in range(1, self._num_rounds + 1):
             messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
             self.aggregate_train(number, self._send(grid, messages, TRAIN))
@@ -110,7 +112,7 @@ class Exchange(Strategy):
     ) -> list[Message]:
         """Choose this round's clients and write to each what it needs."""
         self._round = self._new_round(server_round)
-        self._greet(grid)
+        self._wait_for_clients(grid, self._needed())
         return self._instruct(self._sample(self._available(grid)), TRAIN)
 
     def aggregate_train(
@@ -127,7 +129,10 @@ class Exchange(Strategy):
                 num_counted = 0
         skipped = num_counted < self._needed()
         self._num_good_rounds += not skipped
-        self._write_round(version=self.reference.version, skipped=skipped)
+        if skipped:
+            _log.warning("round %d skipped: %d good replies", current.number, num_counted)
+        version, payload_bytes = self.reference.version, current.payload_bytes
+        self._write_row("round", version=version, skipped=skipped, payload_bytes=payload_bytes)
         return None, None
 
     def configure_evaluate(
@@ -135,7 +140,7 @@ class Exchange(Strategy):
     ) -> list[Message]:
         """Bring every client to the last version and let it score."""
         self._round = self._new_round(server_round)
-        self._greet(grid)
+        self._wait_for_clients(grid, self._needed())
         return self._instruct(self._available(grid), EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -148,42 +153,57 @@ class Exchange(Strategy):
 
     def _connect(self, grid: Grid) -> None:
         wanted = self._runtime.experiment.num_clients
+        connected = self._wait_for_clients(grid, wanted)
+        if connected < wanted:
+            raise RunError(
+                f"num_clients: {wanted} clients wanted, {connected} connected within "
+                f"{self._options.connect_timeout_seconds:g} s{self._because()}; start as many SuperNodes (in "
+                f"simulation: --federation-config 'num-supernodes={wanted}'), or lower num_clients"
+            )
+
+    def _wait_for_clients(self, grid: Grid, wanted: int) -> int:
+        """Greet nodes until so many clients are free to work, or the patience for connecting is over; how many are."""
         deadline = monotonic() + self._options.connect_timeout_seconds
         pause = _FIRST_CONNECT_PAUSE_SECONDS
         while True:
             self._greet(grid)
             connected = len(self._available(grid))
-            if connected >= wanted:
-                return
-            if monotonic() >= deadline:
-                raise RunError(
-                    f"num_clients: {wanted} clients wanted, {connected} connected within "
-                    f"{self._options.connect_timeout_seconds:g} s{self._because()}; start as many SuperNodes (in "
-                    f"simulation: --federation-config 'num-supernodes={wanted}'), or lower num_clients"
-                )
+            if connected >= wanted or monotonic() >= deadline:
+                return connected
             sleep(min(pause, max(0.0, deadline - monotonic())))
             pause = min(2 * pause, _LONGEST_CONNECT_PAUSE_SECONDS)
 
     def _greet(self, grid: Grid) -> None:
-        """Ask every unknown node who it is and what it holds."""
+        """Ask every unknown node who it is and what it holds; collect what came late."""
         live = set(grid.get_node_ids())
+        for asked, message in self._mailbox.collect_late(grid):
+            if asked.purpose == _HELLO:
+                self._admit(asked.node_id, message, live)
+            else:
+                self._round.reject(asked.client_key, f"late: its reply to round {asked.server_round} came after it")
         unknown = [node_id for node_id in self._roster.unknown(live) if node_id not in self._mailbox.busy_nodes()]
         if not unknown:
             return
         hello = Hello(self._training_id, self._runtime.lineage)
         messages = [Message(hello.to_records(), node_id, HELLO, ttl=self._ttl()) for node_id in unknown]
-        patience = min(self._options.connect_timeout_seconds, self._options.round_timeout_seconds)
-        post = self._mailbox.exchange(grid, messages, {}, "hello", self._round.number, patience)
+        patience = self._options.connect_timeout_seconds
+        post = self._mailbox.exchange(grid, messages, {}, _HELLO, self._round.number, patience)
         for node_id, message in post.replies:
-            try:
-                reply = HelloReply.from_records(_content(message).content)
-            except MessageError as error:
-                self._first_failure = self._first_failure or str(error)
-                _log.warning("node %d did not say who it is: %s", node_id, error)
-                continue
-            if not self._roster.admit(node_id, reply, live):
-                self._first_failure = self._first_failure or f"two live nodes are client {reply.client_key!r}"
-                _log.warning("node %d refused: another live node is client %r", node_id, reply.client_key)
+            self._admit(node_id, message, live)
+
+    def _admit(self, node_id: int, message: Message, live: set[int]) -> None:
+        try:
+            reply = HelloReply.from_records(_content(message).content)
+        except Exception as error:  # whatever a stranger sends, the others go on
+            self._first_failure = self._first_failure or _reason(error)
+            _log.warning("node %d did not say who it is: %s", node_id, _reason(error))
+            return
+        held = self.reference.version_of(reply.version, reply.lineage)
+        if not self._roster.admit(node_id, reply, held, live):
+            self._first_failure = self._first_failure or f"two live nodes are client {reply.client_key!r}"
+            _log.warning("node %d refused: another live node is client %r", node_id, reply.client_key)
+        elif reply.fresh:
+            self._uplink_states.pop(reply.client_key, None)  # its encoder starts afresh, so does our decoder
 
     def _available(self, grid: Grid) -> list[Seat]:
         busy = self._mailbox.busy_nodes()
@@ -211,7 +231,7 @@ class Exchange(Strategy):
             instruction = Instruction(
                 training_id=self._training_id,
                 server_round=current.number,
-                attempt=1,
+                attempt=_ATTEMPT,
                 version=current.version,
                 lineage=current.lineage,
                 progress=current.progress,
@@ -235,8 +255,6 @@ class Exchange(Strategy):
             self._reject(names[node_id], "the node is gone: nothing was sent to it")
         for node_id in post.silent:
             self._reject(names[node_id], f"no reply within {timeout:g} s")
-        for client_key in post.late:
-            current.reject(client_key, "late: the round it replies to was over")
         self._asked = {reply.metadata.reply_to_message_id: names[node_id] for node_id, reply in post.replies}
         return [reply for _, reply in post.replies]
 
@@ -252,8 +270,8 @@ class Exchange(Strategy):
             try:
                 reply = Reply.from_records(_content(message).content, current.lineage)
                 self._check(reply, client_key)
-            except MessageError as error:
-                self._reject(client_key, str(error))
+            except Exception as error:  # one bad reply costs one reply, whatever is wrong with it
+                self._reject(client_key, _reason(error))
                 continue
             self._roster.holds(client_key, reply.version)
             current.spent(reply.seconds)
@@ -262,7 +280,7 @@ class Exchange(Strategy):
     def _check(self, reply: Reply, client_key: str) -> None:
         current = self._round
         known = next(seat for seat in current.seats.values() if seat.client_key == client_key)
-        if (reply.server_round, reply.version) != (current.number, current.version):
+        if (reply.server_round, reply.attempt, reply.version) != (current.number, _ATTEMPT, current.version):
             raise MessageError(f"the reply is of round {reply.server_round}, version {reply.version}")
         if reply.num_examples != known.num_examples:
             raise MessageError(f"num-examples was {known.num_examples} at first, is {reply.num_examples} now")
@@ -292,18 +310,22 @@ class Exchange(Strategy):
         """
         current = self._round
         decoder_states: dict[str, Arrays] = {}
+        buffers = [tensor.name for tensor in uplink.spec if tensor.kind == "buffer"]
         self._aggregator.begin()
+        self._buffers = RunningMean()
         for client_key, reply in sorted(current.accepted.items()):
             state = self._uplink_states.get(client_key, uplink.initial_state())
             started = perf_counter()
             try:
                 upload, state = uplink.decode(reply.payload or b"", state)
-            except PayloadError as error:
-                self._reject(client_key, str(error))
+            except Exception as error:  # one bad payload costs one reply, whatever is wrong with it
+                self._reject(client_key, _reason(error))
+                del current.accepted[client_key]
                 continue
             current.timed("decode", started)
             started = perf_counter()
-            self._aggregator.add(upload, reply.num_examples)
+            self._aggregator.add({name: upload[name] for name in upload if name not in buffers}, reply.num_examples)
+            self._buffers.add({name: upload[name] for name in buffers}, 1.0)  # statistics, not updates: a plain mean
             current.timed("aggregate", started)
             decoder_states[client_key] = state
         return decoder_states
@@ -313,7 +335,7 @@ class Exchange(Strategy):
         current = self._round
         assignment = Assignment(current.progress, derive_seed(self._seed, "server", current.number))
         started = perf_counter()
-        aggregate = self._aggregator.result()
+        aggregate = {**self._aggregator.result(), **self._buffers.result()}
         broadcast = self._runtime.algorithm.server.broadcast(aggregate, self.reference.shared, assignment)
         current.timed("aggregate", started)
         started = perf_counter()
@@ -322,6 +344,7 @@ class Exchange(Strategy):
             current.payload_bytes = self.reference.advance(broadcast, progress=current.progress, seed=seed)
         except ValueError as error:
             current.reject(_SERVER, str(error))
+            self._first_failure = self._first_failure or str(error)
             return False
         current.timed("encode", started)
         self._uplink_states |= decoder_states
@@ -330,12 +353,6 @@ class Exchange(Strategy):
         return True
 
     # The ledger
-
-    def _write_round(self, *, version: int, skipped: bool) -> None:
-        current = self._round
-        if skipped:
-            _log.warning("round %d skipped: %d good replies", current.number, len(current.accepted))
-        self._write_row("round", version=version, skipped=skipped, payload_bytes=current.payload_bytes)
 
     def _write_row(self, kind: str, **values: Any) -> None:
         """One row: the shared model as it is now, local scores of the version that clients were sent."""
@@ -359,6 +376,11 @@ class Exchange(Strategy):
             rejected=[{"client": client_key, "reason": reason} for client_key, reason in current.rejected],
             seconds=current.seconds,
         )
+
+
+def _reason(error: Exception) -> str:
+    known = isinstance(error, ValueError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def _content(message: Message) -> Message:

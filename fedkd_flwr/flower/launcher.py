@@ -9,6 +9,7 @@ own command exits with 0 even when a run failed.
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -218,5 +219,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         try:
             process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # the session that `start` gave it
             process.wait()

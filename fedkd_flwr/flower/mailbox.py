@@ -1,7 +1,7 @@
 """Sends messages, waits for their replies no longer than asked, and books every byte.
 
-What is unanswered when its time is over stays on the list: its node is busy, gets no further work, and its reply, when
-it comes, is booked as late.
+What is unanswered when its time is over stays on a list: its node is busy and gets no further work until its reply has
+been collected as late.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,13 +29,28 @@ class Post:
         replies: node id asked, and its reply.
         unsent: node ids that Flower would not send to.
         silent: node ids that did not reply in time.
-        late: client keys of replies to earlier batches that came now.
     """
 
     replies: tuple[tuple[int, Message], ...]
     unsent: tuple[int, ...]
     silent: tuple[int, ...]
-    late: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """A message whose time is over.
+
+    Attributes:
+        node_id: whom it was sent to.
+        client_key: that node's name, or `NOBODY`.
+        purpose: of the message.
+        server_round: of the message.
+    """
+
+    node_id: int
+    client_key: str
+    purpose: str
+    server_round: int
 
 
 class Mailbox:
@@ -47,11 +62,23 @@ class Mailbox:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._unanswered: dict[str, tuple[int, str]] = {}  # message id -> node id, client key
+        self._unanswered: dict[str, Unanswered] = {}  # by message id
 
     def busy_nodes(self) -> set[int]:
         """Nodes that still have a message of an earlier batch."""
-        return {node_id for node_id, _ in self._unanswered.values()}
+        return {message.node_id for message in self._unanswered.values()}
+
+    def collect_late(self, grid: Grid) -> list[tuple[Unanswered, Message]]:
+        """Replies to messages whose time was over, as far as they have come by now. Does not wait."""
+        if not self._unanswered:
+            return []
+        collected = []
+        for reply in list(grid.pull_messages(list(self._unanswered))):
+            asked = self._unanswered.pop(reply.metadata.reply_to_message_id, None)
+            if asked is not None:
+                self._book(reply, "uplink", asked.client_key, asked.purpose, asked.server_round)
+                collected.append((asked, reply))
+        return collected
 
     def exchange(
         self,
@@ -83,37 +110,29 @@ class Mailbox:
             else:
                 unsent.append(node_id)
         received: list[tuple[int, Message]] = []
-        late: list[str] = []
-        for reply in self._poll(grid, set(sent) | set(self._unanswered), set(sent), timeout_seconds):
-            message_id = reply.metadata.reply_to_message_id
-            if message_id in sent:
-                node_id = sent.pop(message_id)
-                client_key = names.get(node_id, NOBODY)
-                received.append((node_id, reply))
-            else:
-                _, client_key = self._unanswered.pop(message_id)
-                late.append(client_key)
-            self._book(reply, "uplink", client_key, purpose, server_round)
+        for reply in self._poll(grid, set(sent), timeout_seconds):
+            node_id = sent.pop(reply.metadata.reply_to_message_id)
+            received.append((node_id, reply))
+            self._book(reply, "uplink", names.get(node_id, NOBODY), purpose, server_round)
         for message_id, node_id in sent.items():
-            self._unanswered[message_id] = (node_id, names.get(node_id, NOBODY))
-        return Post(tuple(received), tuple(unsent), tuple(sent.values()), tuple(late))
+            self._unanswered[message_id] = Unanswered(node_id, names.get(node_id, NOBODY), purpose, server_round)
+        return Post(tuple(received), tuple(unsent), tuple(sent.values()))
 
-    def _poll(self, grid: Grid, asked: set[str], needed: set[str], timeout_seconds: float) -> Iterator[Message]:
-        """Yield replies as they come, until all that are needed are there or the time is over.
+    def _poll(self, grid: Grid, asked: set[str], timeout_seconds: float) -> Iterator[Message]:
+        """Yield each reply as it comes, until all are there or the time is over.
 
         Polls often at first and after each reply, then less and less.
         """
         deadline = monotonic() + timeout_seconds
         pause = _FIRST_PAUSE_SECONDS
-        while needed:
+        while asked:
             received = list(grid.pull_messages(list(asked)))
             for reply in received:
                 message_id = reply.metadata.reply_to_message_id
                 if message_id in asked:  # each answer counts once
                     asked.discard(message_id)
-                    needed.discard(message_id)
                     yield reply
-            if not needed or monotonic() >= deadline:
+            if not asked or monotonic() >= deadline:
                 return
             pause = _FIRST_PAUSE_SECONDS if received else min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
             sleep(max(0.0, min(pause, deadline - monotonic())))

@@ -4,6 +4,7 @@ A payload travels as one uint8 array: Flower's framing costs about 600 bytes an 
 identifier of variable length, so the size of a message depends on its payload alone.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -12,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from fedkd_flwr.experiment import NAME_PATTERN
 from fedkd_flwr.flower.errors import MessageError
 
 HELLO = "query.hello"
@@ -19,7 +21,11 @@ TRAIN = "train"
 EVALUATE = "evaluate"
 
 LINEAGE_BYTES = 32
+SECONDS = ("client_train", "evaluate", "encode", "decode")
 _UNKNOWN_VERSION = -1
+_METRIC_PATTERN = r"[a-z][a-z0-9_]{0,47}"
+_MOST_EXAMPLES = 10**12
+_MOST_SECONDS = 1e7
 _NPY_HEADER_BYTES = 128  # an array travels as numpy.save writes it
 
 T = TypeVar("T")
@@ -58,12 +64,14 @@ class HelloReply:
         version: the version it holds; None where it could not build version 0 as the server did.
         lineage: of that version, 32 bytes.
         num_examples: its training examples.
+        fresh: whether it remembers nothing of this training.
     """
 
     client_key: str
     version: int | None
     lineage: bytes
     num_examples: int
+    fresh: bool
 
     def to_records(self) -> RecordDict:
         """As Flower records."""
@@ -74,6 +82,7 @@ class HelloReply:
                 "version": version,
                 "lineage": self.lineage,
                 "num-examples": self.num_examples,
+                "fresh": self.fresh,
             }
         )
         return RecordDict({"config": config})
@@ -84,10 +93,12 @@ class HelloReply:
         config = _config(content)
         version = _take(config, "version", int)
         num_examples = _take(config, "num-examples", int)
-        if num_examples < 1:
-            raise MessageError(f"num-examples must be at least 1, got {num_examples}")
+        _check_count("num-examples", num_examples)
         key = _take(config, "client-key", str)
-        return cls(key, None if version < 0 else version, _digest(config, "lineage"), num_examples)
+        if not re.fullmatch(NAME_PATTERN, key):
+            raise MessageError(f"client-key must be letters, digits, dots, dashes and underscores, got {key[:80]!r}")
+        held = None if version < 0 else version
+        return cls(key, held, _digest(config, "lineage"), num_examples, config.get("fresh") is True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,17 +249,10 @@ class Reply:
         metrics = dict(record)
         if _take(metrics, "lineage", int) != short_lineage(lineage):
             raise MessageError("the client works from another lineage than the server")
-        groups: dict[str, dict[str, float]] = {"s": {}, "p": {}, "t": {}, "c": {}}
-        for name, value in metrics.items():
-            letter, separator, rest = name.partition(".")
-            if separator and letter in groups:
-                if not isinstance(value, float) or not np.isfinite(value):
-                    raise MessageError(f"metric {name!r} must be a finite number, got {value!r}")
-                groups[letter][rest] = value
+        groups = _read_groups(metrics)
         counts = {key: _take(metrics, key, int) for key in ("num-examples", "num-test-examples")}
-        for key, value in counts.items():
-            if value < 1:
-                raise MessageError(f"{key} must be at least 1, got {value}")
+        for key, count in counts.items():
+            _check_count(key, count)
         return cls(
             server_round=_take(metrics, "server-round", int),
             attempt=_take(metrics, "attempt", int),
@@ -275,6 +279,27 @@ def payload_bytes_of(content: RecordDict) -> int:
     return sum(max(0, len(array.data) - _NPY_HEADER_BYTES) for array in record.values()) if record else 0
 
 
+def _read_groups(metrics: Mapping[str, object]) -> dict[str, dict[str, float]]:
+    groups: dict[str, dict[str, float]] = {"s": {}, "p": {}, "t": {}, "c": {}}
+    for name, value in metrics.items():
+        letter, separator, rest = name.partition(".")
+        if not separator:
+            continue
+        if letter not in groups or not re.fullmatch(_METRIC_PATTERN, rest):
+            raise MessageError(f"metric {name[:80]!r} has no name that is known here")
+        if not isinstance(value, float) or not np.isfinite(value):
+            raise MessageError(f"metric {name!r} must be a finite number, got {str(value)[:80]}")
+        if letter == "c" and not (rest in SECONDS and 0 <= value <= _MOST_SECONDS):
+            raise MessageError(f"seconds must be {', '.join(SECONDS)}, from 0 to {_MOST_SECONDS:g}, got {rest} {value}")
+        groups[letter][rest] = value
+    return groups
+
+
+def _check_count(key: str, count: int) -> None:
+    if not 1 <= count <= _MOST_EXAMPLES:
+        raise MessageError(f"{key} must be in [1, {_MOST_EXAMPLES}], got {count}")
+
+
 def _groups(reply: Reply) -> dict[str, Mapping[str, float]]:
     return {"s": reply.shared, "p": reply.private, "t": reply.train, "c": reply.seconds}
 
@@ -293,6 +318,8 @@ def _payload(content: RecordDict) -> bytes | None:
         values = record["payload"].numpy()
     except Exception as error:  # Flower's own reader of untrusted bytes raises many kinds
         raise MessageError(f"payload can't be read: {error}") from None
+    if not isinstance(values, np.ndarray):  # numpy.load also opens archives
+        raise MessageError(f"payload must be one array, got {type(values).__name__}")
     if values.dtype != np.uint8 or values.ndim != 1:
         raise MessageError(f"payload must be one axis of uint8, got {values.dtype} with {values.ndim} axes")
     return values.tobytes()

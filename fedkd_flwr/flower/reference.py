@@ -3,11 +3,16 @@
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedkd_flwr.algorithms.base import SharedState
-from fedkd_flwr.core.arrays import Arrays
+from fedkd_flwr.core.arrays import Array, Arrays, require_finite
+from fedkd_flwr.core.modules import prefixed
 from fedkd_flwr.core.protocols import Codec
 from fedkd_flwr.core.snapshot import pack_snapshot, snapshot_bytes
 from fedkd_flwr.flower.lineage import next_lineage
+
+SHARED, DECODER = "shared/", "decoder/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,26 +36,39 @@ class Reference:
         state = downlink.initial_state() if downlink else {}
         self._encoder_state = state
         self._decoder_state = state
+        self._lineages = [lineage]
+        self._snapshot: bytes | None = None
         self._window: deque[bytes] = deque()  # the newest payloads, together smaller than a snapshot
 
     def advance(self, broadcast: Arrays, *, progress: float, seed: int) -> int:
         """Encode a broadcast, apply what clients will decode from it, and return the payload's bytes.
 
         Raises:
-            ValueError: if the broadcast is not finite.
+            ValueError: if the broadcast, or what it leads to, is not finite. Nothing has moved then.
         """
         if self._downlink is None:
             raise RuntimeError("an algorithm that exchanges nothing has no next version")
         payload, encoder_state = self._downlink.encode(broadcast, self._encoder_state, progress=progress, seed=seed)
-        decoded, self._decoder_state = self._downlink.decode(payload, self._decoder_state)
-        self._encoder_state = encoder_state
-        self.shared = self._shared_state.apply(self.shared, decoded)
+        decoded, decoder_state = self._downlink.decode(payload, self._decoder_state)
+        with np.errstate(over="ignore"):
+            shared = self._shared_state.apply(self.shared, decoded)
+        require_finite(shared)
+        self.shared = shared
+        self._encoder_state, self._decoder_state = encoder_state, decoder_state
         self.lineage = next_lineage(self.lineage, payload)
+        self._lineages.append(self.lineage)
+        self._snapshot = None
         self.version += 1
         self._window.append(payload)
-        while len(self._window) > 1 and sum(map(len, self._window)) >= snapshot_bytes(self.shared):
+        while len(self._window) > 1 and sum(map(len, self._window)) >= self._snapshot_bytes():
             self._window.popleft()
         return len(payload)
+
+    def version_of(self, version: int | None, lineage: bytes) -> int | None:
+        """The version that a client says it holds, if its lineage is ours; else None."""
+        if version is None or not 0 <= version <= self.version:
+            return None
+        return version if self._lineages[version] == lineage else None
 
     def delivery(self, held: int | None) -> Delivery:
         """The fewest bytes that bring a client from the version it holds to the current one.
@@ -63,6 +81,16 @@ class Reference:
         missing = None if held is None or held > self.version else self.version - held
         if missing is not None and missing <= len(self._window):
             payloads = tuple(self._window)[len(self._window) - missing :]
-            if sum(map(len, payloads)) < snapshot_bytes(self.shared):
+            if sum(map(len, payloads)) < self._snapshot_bytes():
                 return Delivery(self.version - missing, payloads)
-        return Delivery(self.version, snapshot=pack_snapshot(self.shared))
+        if self._snapshot is None:
+            self._snapshot = pack_snapshot(snapshot_arrays(self.shared, self._decoder_state))
+        return Delivery(self.version, snapshot=self._snapshot)
+
+    def _snapshot_bytes(self) -> int:
+        return snapshot_bytes(snapshot_arrays(self.shared, self._decoder_state))
+
+
+def snapshot_arrays(shared: Arrays, decoder_state: Arrays) -> dict[str, Array]:
+    """What a client needs to stand where the others stand: the shared arrays, and its decoder's state."""
+    return prefixed(SHARED, shared) | prefixed(DECODER, decoder_state)

@@ -30,22 +30,35 @@ class Roster:
 
     def __init__(self) -> None:
         self._seats: dict[str, Seat] = {}
-        self._refused: set[int] = set()
+        self._refused: dict[int, str] = {}
         self._stale: set[int] = set()
 
-    def unknown(self, node_ids: Iterable[int]) -> list[int]:
-        """Nodes to ask who they are: new ones, and those whose version has become uncertain."""
-        known = {seat.node_id for seat in self._seats.values()} - self._stale
-        return sorted(set(node_ids) - known - self._refused)
+    def unknown(self, live: Iterable[int]) -> list[int]:
+        """Nodes to ask who they are: new ones, those whose version is uncertain, and those refused whose rival is gone.
 
-    def admit(self, node_id: int, reply: HelloReply, live: Iterable[int]) -> bool:
-        """Take a node's word for who it is. False if a live node has that name already."""
+        Flower shows a node that was killed as live for up to a minute, while its successor is there already.
+        """
+        nodes = set(live)
+        self._refused = {node: key for node, key in self._refused.items() if self._seats[key].node_id in nodes}
+        known = {seat.node_id for seat in self._seats.values()} - self._stale
+        return sorted(nodes - known - self._refused.keys())
+
+    def admit(self, node_id: int, reply: HelloReply, version: int | None, live: Iterable[int]) -> bool:
+        """Take a node's word for who it is. False if another live node has that name already.
+
+        Args:
+            node_id: Flower's.
+            reply: what it says.
+            version: the version it holds, if that is one of ours.
+            live: nodes that are connected.
+        """
         seat = self._seats.get(reply.client_key)
         if seat is not None and seat.node_id != node_id and seat.node_id in set(live):
-            self._refused.add(node_id)
+            self._refused[node_id] = reply.client_key
             return False
-        counted = seat.counted_round if seat else 0
-        self._seats[reply.client_key] = Seat(reply.client_key, node_id, reply.version, reply.num_examples, counted)
+        self._seats = {key: other for key, other in self._seats.items() if other.node_id != node_id}
+        counted = seat.counted_round if seat and not reply.fresh else 0
+        self._seats[reply.client_key] = Seat(reply.client_key, node_id, version, reply.num_examples, counted)
         self._stale.discard(node_id)
         return True
 

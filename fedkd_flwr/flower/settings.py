@@ -98,7 +98,10 @@ def code_digest(app_dir: Path) -> str:
 
 def _experiment(run_config: UserConfig, app_dir: Path) -> Experiment:
     _check_code(str(run_config.get("code-digest", "")), app_dir)
-    overrides = shlex.split(str(run_config.get("set", "")))
+    try:
+        overrides = shlex.split(str(run_config.get("set", "")))
+    except ValueError as error:
+        raise ConfigError(f"run config: set can't be split into overrides: {error}") from None
     if text := str(run_config.get("config-text", "")):
         return parse(text, overrides, source="config-text")
     path = str(run_config.get("config", ""))

@@ -113,7 +113,7 @@ class ClientStore:
                 return None
             try:
                 return _read(path)
-            except (SafetensorError, KeyError, ValueError, OSError) as error:
+            except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
                 _log.warning("client state can't be read, starting afresh: %s", error)
                 os.replace(path, path.with_suffix(".damaged"))
                 return None
@@ -142,7 +142,7 @@ class ClientStore:
         try:
             with safe_open(self.directory / STATE_FILE, framework="np") as file:
                 return int(json.loads(file.metadata()["state"])["generation"])
-        except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+        except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
             return 0
 
     @contextmanager
@@ -209,3 +209,8 @@ def _write(path: Path, state: ClientState) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself
+    finally:
+        os.close(directory)

@@ -25,9 +25,11 @@ class Traffic:
 
 
 def traffic_of(message: Message, direction: Literal["downlink", "uplink"]) -> Traffic:
-    """Count the bytes of a message; one that holds an error has no content."""
+    """Count the bytes of a message; one that holds an error has a reason instead of content."""
     content_bytes, num_objects = 0, 1
-    if message.has_content():
+    if message.has_error():
+        content_bytes = len((message.error.reason or "").encode())
+    else:
         with no_object_id_recompute():
             objects = get_all_nested_objects(message.content)
             content_bytes = sum(len(item.deflate()) for item in objects.values())

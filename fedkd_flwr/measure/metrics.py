@@ -8,18 +8,23 @@ SCOPES = ("shared_global", "shared_local", "private_local")
 
 
 def weighted_scores(scores: Iterable[tuple[Scores, float]]) -> dict[str, float] | None:
-    """Mean of each metric over clients, weighted; None where no client reported any.
+    """Mean of each metric over clients, weighted, and the least of those named min_...; None where there are none.
 
     Args:
         scores: metrics by name, and the weight of the client, > 0 (its number of test examples).
     """
     totals: dict[str, float] = {}
     weights: dict[str, float] = {}
+    least: dict[str, float] = {}
     for metrics, weight in scores:
         for name, value in metrics.items():
+            if name.startswith("min_"):
+                least[name] = min(value, least.get(name, value))
+                continue
             totals[name] = totals.get(name, 0.0) + weight * value
             weights[name] = weights.get(name, 0.0) + weight
-    return {name: total / weights[name] for name, total in totals.items()} or None
+    means = {name: total / weights[name] for name, total in totals.items()}
+    return means | least or None
 
 
 def last_mean(values: Sequence[float], count: int = 3) -> float | None:

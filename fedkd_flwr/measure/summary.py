@@ -37,7 +37,7 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
         elif row["kind"] in ("round", "final"):
             metrics |= {scope: row["metrics"][scope] for scope in SCOPES if row["metrics"].get(scope)}
             for name in SECONDS:
-                seconds[name] += row["seconds"].get(name, 0.0)
+                seconds[name] += row["seconds"].get(name) or 0.0
         # A run without an `end` row is unfinished; it lasted until its last row.
         end = row if row["kind"] == "end" else end | {"elapsed_seconds": row["elapsed_seconds"]}
     facts = ("experiment", "task", "algorithm", "compressor", "aggregator", "seed", "num_clients", "num_rounds")

@@ -45,12 +45,12 @@ class RunResult:
     def score(self, scope: str) -> float | None:
         """Final value of the first metric in a scope, or None where the algorithm has no such model."""
         scores = self.summary["metrics"][scope]
-        return None if not scores else scores[self.metric]
+        return scores.get(self.metric) if scores else None
 
     def last_rounds(self) -> float | None:
         """Mean of the shared model's score over the last three rounds."""
         scores = [r["metrics"]["shared_global"] for r in self.rows if r["kind"] == "round" and r["round"] > 0]
-        return last_mean([s[self.metric] for s in scores if s and s[self.metric] is not None], AVERAGED_ROUNDS)
+        return last_mean([s[self.metric] for s in scores if s and s.get(self.metric) is not None], AVERAGED_ROUNDS)
 
     def curve(self) -> Curve:
         """Score by round, and against the bytes spent until then."""
@@ -60,7 +60,7 @@ class RunResult:
         for row in self.rows:
             if row["kind"] == "message":
                 moved += row["wire_bytes"]
-            elif row["kind"] == "round" and (scores := row["metrics"][scope]) and scores[self.metric] is not None:
+            elif row["kind"] == "round" and (scores := row["metrics"][scope]) and scores.get(self.metric) is not None:
                 # Local scores are of the version that the round began with.
                 curve.rounds.append(row["round"] if scope == "shared_global" else row["round"] - 1)
                 curve.megabytes.append(moved / MEGABYTE / self.summary["num_clients"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedkd_flwr.core.protocols import Batch, Task
 
 
-class TaskOptions(BaseModel, ABC, extra="forbid", frozen=True):
+class TaskOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):
     """Options of one task, `name` first. They build the task for a number of clients."""
 
     name: str

@@ -30,7 +30,7 @@ TEST_FRACTION = 0.2  # 360 of 1,797 images, the same for every seed
 EVALUATION_BATCH = 256
 
 
-class VitOptions(BaseModel, extra="forbid", frozen=True):
+class VitOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Size of a Vision Transformer."""
 
     num_layers: int = Field(6, ge=1)

@@ -1,5 +1,6 @@
 """Dividing one data set among clients with the partitioners of flwr-datasets."""
 
+import warnings
 from typing import Annotated, Literal
 
 import numpy as np
@@ -8,13 +9,13 @@ from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Part
 from pydantic import BaseModel, Field
 
 
-class IidPartition(BaseModel, extra="forbid", frozen=True):
+class IidPartition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Equal shares, drawn at random."""
 
     name: Literal["iid"] = "iid"
 
 
-class DirichletPartition(BaseModel, extra="forbid", frozen=True):
+class DirichletPartition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Label skew: each client's share of each label is drawn from Dirichlet(alpha); smaller alpha, more skew."""
 
     name: Literal["dirichlet"] = "dirichlet"
@@ -49,7 +50,9 @@ def partition_indices(labels: list[int], partition: Partition, num_clients: int,
     partitioner = _partitioner(partition, num_clients, seed % 2**32)
     partitioner.dataset = rows
     try:
-        return [sorted(partitioner.load_partition(client)["row"]) for client in range(num_clients)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one for each draw that was not good enough
+            return [sorted(partitioner.load_partition(client)["row"]) for client in range(num_clients)]
     except ValueError as error:
         raise ValueError(
             f"task.partition: no Dirichlet draw gave each of {num_clients} clients enough examples; "

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import ViTForImageClassification
 
 from fedkd_flwr.algorithms.base import MeanUpdateServer, SharedModel, num_parameters
 from fedkd_flwr.compressors.identity import IdentityOptions
@@ -127,10 +128,14 @@ def test_the_server_scores_the_arrays_it_is_given_and_not_the_scratch_module(tas
     assert MeanUpdateServer(shared).evaluate(shared.initial(), task.test_data()) == expected
 
 
-def test_the_server_exports_the_shared_model(task: Task, tmp_path: Path) -> None:
-    shared = SharedModel(task, task.build_models(SEED).student)
+def test_the_server_exports_the_arrays_it_is_given_and_not_the_scratch_module(task: Task, tmp_path: Path) -> None:
+    models = task.build_models(SEED)
+    shared = SharedModel(task, models.student)
+    with torch.no_grad():
+        models.student.classifier.weight.zero_()
     assert MeanUpdateServer(shared).export_shared(shared.initial(), tmp_path / "student") is True
-    assert (tmp_path / "student" / "config.json").is_file()
+    loaded = ViTForImageClassification.from_pretrained(tmp_path / "student")
+    assert same(read_arrays(loaded), shared.initial())
 
 
 def test_parameters_are_counted_without_frozen_ones_and_buffers(task: Task) -> None:

@@ -13,7 +13,7 @@ from fedkd_flwr.flower.errors import StateError
 from fedkd_flwr.flower.lineage import next_lineage
 from fedkd_flwr.flower.local_grid import task_identity
 from fedkd_flwr.flower.records import HELLO, TRAIN, Hello, HelloReply, Instruction, Reply
-from fedkd_flwr.flower.reference import Reference
+from fedkd_flwr.flower.reference import Reference, snapshot_arrays
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.store import ClientStore
 from tests.conftest import small
@@ -102,7 +102,7 @@ def test_a_payload_that_the_client_has_is_not_applied_again(built: Runtime, cont
 
 def test_a_snapshot_replaces_whatever_the_client_holds(built: Runtime, context: Context, tmp_path: Path) -> None:
     reference, _ = moved(built, 0.25)
-    snapshot = pack_snapshot(reference.shared)
+    snapshot = pack_snapshot(snapshot_arrays(reference.shared, {}))
     asked = first(built, server_round=9, version=7, lineage=reference.lineage, base_version=7, snapshot=snapshot)
     send(asked, context)
     state = ClientStore(tmp_path, TRAINING, "00001").load()

@@ -1,23 +1,30 @@
 """The exchange, end to end in this process."""
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from transformers import ViTForImageClassification
 
 import client_app
+from fedkd_flwr.compressors.payload import HEADER_BYTES
+from fedkd_flwr.core.arrays import num_elements
 from fedkd_flwr.core.modules import read_arrays
 from fedkd_flwr.core.snapshot import snapshot_bytes
 from fedkd_flwr.flower.errors import RunError
+from fedkd_flwr.flower.local_grid import LocalGrid
 from fedkd_flwr.flower.records import _arrays
+from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.flower.store import ClientStore
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
 from fedkd_flwr.measure.summary import read_summary
-from tests.conftest import Run
+from tests.conftest import Run, small
 
 STUDENT = Path("student") / "model.safetensors"
 
@@ -26,7 +33,7 @@ def rows_of(run_dir: Path, kind: str) -> list[Row]:
     return [row for row in read_rows(run_dir / LEDGER_FILE) if row["kind"] == kind]
 
 
-def exported_student(run_dir: Path) -> dict[str, Any]:
+def exported_model(run_dir: Path) -> dict[str, Any]:
     return read_arrays(ViTForImageClassification.from_pretrained(run_dir / "student"))
 
 
@@ -74,7 +81,7 @@ def test_other_seed_gives_another_student(run: Run) -> None:
 def test_server_and_clients_hold_the_same_student(run: Run, compressor: str) -> None:
     run_dir = run(f"compressor.name={compressor}")
     training_id = rows_of(run_dir, "start")[0]["training_id"]
-    student = exported_student(run_dir)
+    student = exported_model(run_dir)
     for key in ("00000", "00001", "00002"):
         state = ClientStore(run_dir / "state", training_id, key).load()
         assert state is not None
@@ -110,7 +117,7 @@ def test_partial_participation_catches_up_in_the_fewest_bytes(run: Run) -> None:
     assert read_summary(run_dir)["status"] == "completed"  # type: ignore[index]
     assert all(len(row["clients"]) == 2 for row in rows_of(run_dir, "round")[1:])
     sizes = [row["payload_bytes"] for row in rows_of(run_dir, "round")]
-    whole = snapshot_bytes(exported_student(run_dir))
+    whole = snapshot_bytes(exported_model(run_dir))
     held = dict.fromkeys(("00000", "00001", "00002", "00003"), 0)
     for m in rows_of(run_dir, "message"):
         if m["direction"] == "downlink" and m["purpose"] != "hello":
@@ -161,9 +168,15 @@ def test_a_round_with_too_few_replies_is_skipped_and_recorded(run: Run) -> None:
         (lambda reply: _payload(reply, lambda data: b"XXX" + data[3:]), "a payload starts with"),
         (lambda reply: _payload(reply, lambda data: data[:-4] + b"\x00\x00\xc0\x7f"), "not finite"),
         (lambda reply: _metric(reply, "num-examples", 10**9), "num-examples was"),
-        (lambda reply: _metric(reply, "num-examples", -3), "num-examples must be at least 1"),
+        (lambda reply: _metric(reply, "num-examples", -3), "num-examples must be in [1, "),
         (lambda reply: _metric(reply, "s.accuracy", float("nan")), "must be a finite number"),
         (lambda reply: _metric(reply, "lineage", 5), "another lineage"),
+        (lambda reply: _metric(reply, "s.accuracy", 1), "must be a finite number"),
+        (lambda reply: _metric(reply, "s.[red]", 1.0), "no name that is known"),
+        (lambda reply: _metric(reply, "c.client_train", 1.7e308), "seconds must be"),
+        (lambda reply: _metric(reply, "c.client_train", -1.0), "seconds must be"),
+        (lambda reply: _metric(reply, "attempt", 2), "reply is of round 1"),
+        (lambda reply: _archive(reply), "must be one array"),
         (lambda reply: _metric(reply, "version", 7), "reply is of round 1, version 7"),
         (lambda reply: reply.content.pop("metrics"), "needs a metric record"),
         (lambda reply: reply.content.pop("arrays"), "has a payload where"),
@@ -179,9 +192,82 @@ def test_a_bad_reply_costs_that_reply_alone(run: Run, tamper: Callable[[Message]
     run_dir = run(app=app)
     rounds = rows_of(run_dir, "round")
     assert [item["client"] for item in rounds[1]["rejected"]] == ["00000"]
+    assert rounds[1]["clients"] == ["00001", "00002"]
     assert reason in rounds[1]["rejected"][0]["reason"]
     assert rounds[1]["version"] == 1
     assert rounds[2]["clients"] == ["00000", "00001", "00002"]
+
+
+def test_one_finite_but_huge_update_is_refused_before_it_moves_the_reference(run: Run) -> None:
+    def app(message: Message, context: Context) -> Message:
+        reply = client_app.app(message, context)
+        if message.metadata.message_type == "train" and client(context) == 0:
+            _payload(reply, lambda data: data[:numbers] + huge[: len(data) - numbers])
+        return reply
+
+    fedavg = ("compressor.name=identity", "algorithm.name=fedavg")
+    wires = runtime_of(small(*fedavg)).wires
+    assert wires is not None
+    numbers = HEADER_BYTES + len(wires.uplink.spec)  # after one form byte for each tensor
+    huge = np.full(num_elements(wires.uplink.spec), 3.4e38, "<f4").tobytes()
+    # With equal weights a third of it fits float32; the second such update would not.
+    run_dir = run(*fedavg, "num_rounds=4", app=app)
+    reasons = [item["reason"] for row in rows_of(run_dir, "round") for item in row["rejected"]]
+    assert any("is not finite" in reason for reason in reasons)
+    assert all(np.isfinite(value).all() for value in exported_model(run_dir).values())
+
+
+def test_a_reply_that_comes_late_is_booked_and_its_client_works_again(run: Run) -> None:
+    def slow(message: Message, context: Context) -> None:
+        if client(context) == 1 and message.content["config"]["server-round"] == 2:
+            held.append(context.node_id)
+
+    held: list[int] = []
+
+    class HoldingGrid(LocalGrid):
+        """Gives replies of a held node only when they are asked for again, half a second later."""
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.kept: list[tuple[float, Message]] = []
+
+        def pull_messages(self, message_ids: Any) -> Any:
+            wanted = set(message_ids)
+            for reply in super().pull_messages(wanted):
+                if reply.metadata.src_node_id in held:
+                    held.clear()
+                    self.kept.append((time.monotonic() + 0.5, reply))
+                else:
+                    yield reply
+            due = [r for at, r in self.kept if at < time.monotonic() and r.metadata.reply_to_message_id in wanted]
+            self.kept = [(at, r) for at, r in self.kept if r not in due]
+            yield from due
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedkd_flwr.flower.in_process.LocalGrid", HoldingGrid)
+        run_dir = run("server.round_timeout_seconds=0.3", "num_rounds=8", app=misbehaving(slow))
+    rounds = rows_of(run_dir, "round")
+    assert any("no reply within" in item["reason"] for item in rounds[2]["rejected"])
+    late = [item for row in rounds for item in row["rejected"] if "late: its reply to round 2" in item["reason"]]
+    assert [item["client"] for item in late] == ["00001"]
+    assert "00001" in rounds[-1]["clients"]
+    replies = [m for m in rows_of(run_dir, "message") if m["node"] == "00001" and m["direction"] == "uplink"]
+    assert [m["round"] for m in replies].count(2) == 1
+
+
+def test_a_client_with_another_lineage_gets_a_snapshot_and_goes_on(run: Run) -> None:
+    def corrupt(message: Message, context: Context) -> None:
+        if client(context) == 0 and message.content["config"]["server-round"] == 2:
+            store = ClientStore(
+                Path(str(context.run_config["state-dir"])), str(message.content["config"]["training-id"]), "00000"
+            )
+            state = store.load()
+            assert state is not None
+            store.commit(replace(state, lineage=bytes(32)))
+
+    rounds = rows_of(run(app=misbehaving(corrupt)), "round")
+    assert [item["client"] for item in rounds[2]["rejected"]] == ["00000"]
+    assert rounds[3]["clients"] == ["00000", "00001", "00002"]
 
 
 def test_a_dropped_reply_leaves_server_and_client_together(run: Run) -> None:
@@ -222,6 +308,13 @@ def _payload(reply: Message, change: Callable[[bytes], bytes]) -> None:
     data = change(reply.content["arrays"]["payload"].numpy().tobytes())  # type: ignore[index]
     records: RecordDict = reply.content
     records["arrays"] = _arrays(data)
+
+
+def _archive(reply: Message) -> None:
+    buffer = BytesIO()
+    np.savez(buffer, payload=np.zeros(3, np.uint8))
+    array = Array(dtype="uint8", shape=(3,), stype="numpy.ndarray", data=buffer.getvalue())
+    reply.content["arrays"] = ArrayRecord({"payload": array})
 
 
 def _metric(reply: Message, key: str, value: float) -> None:

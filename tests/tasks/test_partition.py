@@ -34,6 +34,11 @@ def test_the_seed_alone_decides_the_rows(partition: Partition) -> None:
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
+def test_another_seed_draws_other_shares_and_not_the_same_ones_of_other_rows() -> None:
+    sizes = [[len(rows) for rows in partition_indices(LABELS, DirichletPartition(), 4, seed)] for seed in (3, 4)]
+    assert sizes[0] != sizes[1]
+
+
 @EVERY_KIND
 def test_seeds_beyond_32_bits_are_taken(partition: Partition) -> None:
     rows = partition_indices(LABELS, partition, 2, seed=2**63 - 1)
