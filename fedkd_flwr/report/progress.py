@@ -1,4 +1,4 @@
-"""Progress on screen, fed by the rows of a ledger."""
+"""Progress on screen or in a log, fed by the rows of a ledger."""
 
 from types import TracebackType
 from typing import Self
@@ -24,7 +24,7 @@ class RunProgress:
         )
         self._task: TaskID = self._progress.add_task(name, total=num_rounds, note="starting")
         self._num_rounds = num_rounds
-        self._moved = 0
+        self._note = RoundNote()
 
     def __enter__(self) -> Self:
         """Show the bar."""
@@ -39,13 +39,34 @@ class RunProgress:
 
     def update(self, row: Row) -> None:
         """Take one row of the ledger."""
+        if note := self._note.of(row):
+            self._progress.update(self._task, completed=min(row["round"], self._num_rounds), note=note)
+
+
+class RoundNote:
+    """What to say of a round: the score, and the bytes moved since the start."""
+
+    def __init__(self) -> None:
+        self._moved = 0
+
+    def of(self, row: Row) -> str | None:
+        """The note of a round's row; None of any other."""
         if row["kind"] == "message":
             self._moved += row["wire_bytes"]
-        elif row["kind"] == "round":
-            self._progress.update(self._task, completed=min(row["round"], self._num_rounds), note=self._note(row))
-
-    def _note(self, row: Row) -> str:
+        if row["kind"] != "round":
+            return None
         scores = row["metrics"]["shared_global"] or row["metrics"]["private_local"] or {}
         score = next((f"{name} {value:.3f}, " for name, value in scores.items() if value is not None), "")
-        skipped = ", skipped" if row["skipped"] else ""
-        return f"{score}{self._moved / 1e6:.1f} MB{skipped}"
+        return f"{score}{self._moved / 1e6:.1f} MB{', skipped' if row['skipped'] else ''}"
+
+
+class RoundLog:
+    """One printed line for each round, for the log that Flower keeps of a run."""
+
+    def __init__(self) -> None:
+        self._note = RoundNote()
+
+    def update(self, row: Row) -> None:
+        """Take one row of the ledger."""
+        if note := self._note.of(row):
+            print(f"round {row['round']}: {note}", flush=True)

@@ -380,7 +380,7 @@ def test_models_without_attention_maps_are_an_error_and_not_a_dropped_term(task:
 def test_models_without_hidden_states_are_an_error_and_not_a_dropped_term(task: Task, hidden_states: object) -> None:
     with pytest.raises(ValueError) as caught:
         fedkd(Without(task, hidden_states=hidden_states), *TERMS)
-    assert str(caught.value).startswith("algorithm.hidden: these models return no hidden states; ")
+    assert str(caught.value).startswith("algorithm: these models return no hidden states; ")
 
 
 def test_models_without_attention_maps_train_when_the_term_is_off(task: Task, data: ClientData) -> None:

@@ -178,6 +178,14 @@ def test_a_step_forgets_the_gradient() -> None:
     assert [p.grad for p in module.parameters()] == [None] * 4
 
 
+def test_a_gradient_that_a_failed_round_left_behind_is_dropped() -> None:
+    module, clean = network(), network()
+    module(torch.ones(1, 3)).sum().backward()
+    descend(module, Optimizer(SGD, module.named_parameters()), range(1))
+    descend(clean, Optimizer(SGD, clean.named_parameters()), range(1))
+    assert same(weights(module), weights(clean))
+
+
 def test_a_frozen_parameter_stays() -> None:
     module = network()
     module[0].weight.requires_grad_(False)

@@ -13,6 +13,11 @@ def test_a_metric_that_some_clients_lack_is_the_mean_of_those_that_have_it() -> 
     assert weighted_scores(scores) == {"accuracy": 0.5, "f1": 0.5}
 
 
+def test_a_minimum_is_the_least_over_clients_whatever_they_weigh() -> None:
+    scores = [({"min_divisor": 0.5, "loss": 1.0}, 1.0), ({"min_divisor": 0.25, "loss": 3.0}, 1.0), ({}, 9.0)]
+    assert weighted_scores(scores) == {"min_divisor": 0.25, "loss": 2.0}
+
+
 @pytest.mark.parametrize("scores", [[], [({}, 3.0)]])
 def test_no_score_at_all_is_none(scores: list[tuple[dict[str, float], float]]) -> None:
     assert weighted_scores(scores) is None

@@ -82,7 +82,7 @@ def test_too_many_clients_is_an_error_with_both_numbers(partition: Partition, ne
     assert str(caught.value).startswith(expected)
 
 
-@pytest.mark.filterwarnings("ignore:The specified min_partition_size")
+@pytest.mark.filterwarnings("error")
 def test_a_draw_that_can_not_be_had_is_an_error_that_says_what_to_change() -> None:
     with pytest.raises(ValueError) as caught:
         partition_indices(LABELS, DirichletPartition(alpha=0.05, min_examples=170), 10, seed=0)
