@@ -170,7 +170,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Experiment:
 def parse(text: str, overrides: Iterable[str] = (), source: str = "config") -> Experiment:
     """Read an experiment from YAML text; see `load`."""
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or a number may be no date and no number
         raise ConfigError(f"{source} is not YAML: {_one_line(str(error))}") from None
     if not isinstance(raw, dict):
@@ -181,6 +181,16 @@ def parse(text: str, overrides: Iterable[str] = (), source: str = "config") -> E
         return Experiment.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(describe(error)) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """The safe loader, which would take the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"key {twice[0]!r} stands twice in one mapping")
+        return super().construct_mapping(node, deep)
 
 
 def _overridden(raw: dict[str, Any], override: str) -> dict[str, Any]:
@@ -254,6 +264,14 @@ def _describe(detail: ErrorDetails) -> str:
         message = "a mapping"
     elif kind == "string_pattern_mismatch":
         message = "1 to 64 letters, digits, dots, dashes or underscores, the first a letter or digit"
+    elif kind == "string_too_short":
+        message = "text that is not empty"
+    elif kind.startswith(("int_", "float_")) and kind.endswith(("parsing", "type", "from_float")):
+        message = "a whole number" if kind.startswith("int_") else "a number"
+    elif kind.startswith("bool_"):
+        message = "true or false"
+    elif kind == "invalid_key":
+        message = "text, as every key"
     allowed = message.removeprefix("Input should be ").removeprefix("a valid ")
     return f"{key}: must be {allowed}, got {_kind(got) if isinstance(got, dict | list) else repr(got)}"
 

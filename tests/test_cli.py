@@ -34,7 +34,7 @@ def conf(tmp_path: Path) -> str:
     [
         ("num_round=3", "num_round: unknown key; allowed: name, seed, num_clients, num_rounds"),
         ("num_rounds=0", "num_rounds: must be greater than or equal to 1, got 0"),
-        ("num_clients=many", "num_clients: must be integer, unable to parse string as an integer, got 'many'"),
+        ("num_clients=many", "num_clients: must be a whole number, got 'many'"),
         ("algorithm.name=fedsgd", "algorithm.name: must be one of 'fedavg', 'fedkd', 'fedprox', 'local_only', got"),
         ("compressor.energy_start=1.5", "compressor.energy_start: must be less than or equal to 1, got 1.5"),
         ("task.partition.alfa=1", "task.partition.alfa: unknown key; allowed: name"),

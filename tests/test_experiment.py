@@ -52,9 +52,9 @@ def message_of(text: str, *overrides: str) -> str:
         ("algorithm.divisor_floor=0", "algorithm.divisor_floor: must be greater than 0, got 0"),
         ("algorithm.local.batch_size=0", "algorithm.local.batch_size: must be greater than or equal to 1, got 0"),
         ("task.client_test_fraction=1", "task.client_test_fraction: must be less than 1, got 1"),
-        ("num_clients=many", "num_clients: must be integer, "),
-        ("algorithm.mutual=perhaps", "algorithm.mutual: must be boolean, "),
-        ("algorithm.layer_map=[1, a]", "algorithm.layer_map.1: must be integer, "),
+        ("num_clients=many", "num_clients: must be a whole number, "),
+        ("algorithm.mutual=perhaps", "algorithm.mutual: must be true or false, "),
+        ("algorithm.layer_map=[1, a]", "algorithm.layer_map.1: must be a whole number, "),
         ("name=7", "name: must be string, got 7"),
         ("task=digits", "task: must be a mapping, got 'digits'"),
         ("task=[digits]", "task: must be a mapping, got a list"),
@@ -283,3 +283,8 @@ def test_an_optimizer_is_swapped_by_its_name_and_keeps_its_options() -> None:
     before = parse(BASE, ["algorithm.student_optimizer.learning_rate=0.5"]).to_yaml()
     optimizer = parse(before, ["algorithm.student_optimizer.name=sgd"]).model_dump()["algorithm"]["student_optimizer"]
     assert (optimizer["name"], optimizer["learning_rate"]) == ("sgd", 0.5)
+
+
+def test_a_key_that_stands_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="config is not YAML: key 'seed' stands twice in one mapping"):
+        parse(BASE + "seed: 1\nseed: 2\n")

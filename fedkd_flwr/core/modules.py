@@ -58,7 +58,7 @@ def write_arrays(module: nn.Module, arrays: Arrays, prefix: str = "") -> None:
             if value is None or tuple(value.shape) != tuple(tensor.shape):
                 got = "nothing" if value is None else f"shape {tuple(value.shape)}"
                 raise ValueError(f"tensor {name!r} needs shape {tuple(tensor.shape)}, got {got}")
-            tensor.copy_(torch.from_numpy(np.ascontiguousarray(value)).reshape(tensor.shape))
+            tensor.copy_(torch.tensor(value).reshape(tensor.shape))
 
 
 def prefixed(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:

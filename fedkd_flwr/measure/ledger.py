@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 Row = dict[str, Any]
 Listener = Callable[[Row], None]
 
@@ -49,7 +51,9 @@ class Ledger:
     """Appends rows to `directory`/ledger.jsonl and tells a listener."""
 
     def __init__(self, directory: Path, listener: Listener | None = None) -> None:
-        self._file = (directory / LEDGER_FILE).open("a", encoding="utf-8")
+        path = directory / LEDGER_FILE
+        _cut_torn_line(path)
+        self._file = path.open("a", encoding="utf-8")
         self._listener = listener
         self._started = time.monotonic()
 
@@ -71,8 +75,17 @@ class Ledger:
         self._file.close()
 
 
+def _cut_torn_line(path: Path) -> None:
+    """Drop an unfinished last line, or the next row would be written onto it."""
+    if path.exists():
+        written = path.read_bytes()
+        os.truncate(path, written.rfind(b"\n") + 1)
+
+
 def _finite(value: Any) -> Any:
-    """The value with null for every NaN and infinity, which JSON can't hold: a diverged model has such a loss."""
+    """The value as JSON can hold it: null for NaN and infinity (a diverged model's loss), numbers for numpy's."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

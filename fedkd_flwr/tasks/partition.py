@@ -40,9 +40,10 @@ def partition_indices(labels: list[int], partition: Partition, num_clients: int,
     """
     needed = num_clients * (partition.min_examples if isinstance(partition, DirichletPartition) else 2)
     if needed > len(labels):
+        or_less = " or task.partition.min_examples" if isinstance(partition, DirichletPartition) else ""
         raise ValueError(
             f"num_clients: {num_clients} clients need at least {needed} training examples, the data has {len(labels)}; "
-            "lower num_clients or task.partition.min_examples"
+            f"lower num_clients{or_less}"
         )
     # A shuffle first: IidPartitioner takes every n-th row as it comes.
     order = np.random.default_rng(seed).permutation(len(labels))

@@ -2,6 +2,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Ledger, MessageRow, Row, environment, read_rows
@@ -120,3 +121,23 @@ def test_the_environment_names_what_the_run_ran_on() -> None:
     assert isinstance(found["cpu_count"], int)
     assert found["cpu_count"] >= 1
     assert all(str(found[name])[0].isdigit() for name in ("python", "torch", "flwr"))
+
+
+def test_a_reopened_ledger_goes_on_after_a_torn_line(tmp_path: Path) -> None:
+    first = Ledger(tmp_path)
+    first.write("start")
+    first.close()
+    with (tmp_path / LEDGER_FILE).open("a") as file:
+        file.write('{"kind": "mess')
+    second = Ledger(tmp_path)
+    second.write("end", status="completed")
+    second.close()
+    assert [row["kind"] for row in read_rows(tmp_path / LEDGER_FILE)] == ["start", "end"]
+
+
+def test_numpy_scalars_are_numbers_in_the_ledger(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write("round", metrics={"accuracy": np.float32(0.5), "count": np.int64(3), "loss": np.float32("nan")})
+    ledger.close()
+    row = next(read_rows(tmp_path / LEDGER_FILE))
+    assert row["metrics"] == {"accuracy": 0.5, "count": 3, "loss": None}
