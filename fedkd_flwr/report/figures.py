@@ -48,7 +48,7 @@ def draw_curves(curves: Sequence[Curve], metric: str, path: Path) -> None:
         # Version 0 costs nothing but a greeting; it has no place on a scale of bytes.
         by_bytes.plot(curve.megabytes[1:], curve.scores[1:], label=curve.label, **style)
     by_round.xaxis.set_major_locator(MaxNLocator(integer=True))
-    by_round.set(xlabel="round", ylabel=metric, title=f"{metric} by round")
+    by_round.set(xlabel="round", ylabel=f"{metric} (fraction of 1)", title=f"{metric} by round")
     by_bytes.set(xlabel="MB moved per client, up and down (log scale)", title=f"{metric} against bytes")
     if any(len(curve.megabytes) > 1 for curve in curves):
         by_bytes.set_xscale("log")

@@ -1,0 +1,80 @@
+"""Run config and node config."""
+
+from pathlib import Path
+
+import pytest
+
+from fedkd_flwr.experiment import ConfigError
+from fedkd_flwr.flower.settings import client_settings, code_digest, server_settings
+from tests.conftest import ROOT, SMALL
+
+
+def test_the_yaml_is_found_beside_the_app_whatever_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = server_settings({"config": "conf/digits_fedavg.yaml", "set": "seed=4"}, ROOT)
+    assert (settings.experiment.name, settings.experiment.seed) == ("digits_fedavg", 4)
+
+
+def test_config_text_wins_over_config() -> None:
+    settings = server_settings({"config": "conf/digits_fedavg.yaml", "config-text": SMALL}, ROOT)
+    assert settings.experiment.name == "small"
+
+
+def test_results_go_to_flowers_home_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    default = server_settings({"config-text": SMALL, "run-name": "one"}, ROOT)
+    assert default.run_dir == tmp_path / "fedkd" / "results" / "small" / "one"
+    told = server_settings({"config-text": SMALL, "run-name": "one", "output-dir": str(tmp_path / "x")}, ROOT)
+    assert told.run_dir == tmp_path / "x" / "small" / "one"
+
+
+def test_a_nodes_own_state_directory_wins_over_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    run_config, node_config = {"config-text": SMALL}, {"partition-id": 2}
+    assert client_settings(run_config, node_config, ROOT).state_dir == tmp_path / "fedkd" / "state"
+    of_run = run_config | {"state-dir": str(tmp_path / "run")}
+    assert client_settings(of_run, node_config, ROOT).state_dir == tmp_path / "run"
+    of_node = node_config | {"state-dir": str(tmp_path / "node")}
+    assert client_settings(of_run, of_node, ROOT).state_dir == tmp_path / "node"
+
+
+def test_a_client_is_named_by_its_client_id_or_its_partition() -> None:
+    assert client_settings({"config-text": SMALL}, {"partition-id": 2}, ROOT).client_key == "00002"
+    named = client_settings({"config-text": SMALL}, {"partition-id": 2, "client-id": "site-a"}, ROOT)
+    assert named.client_key == "site-a"
+
+
+@pytest.mark.parametrize(
+    ("node_config", "says"),
+    [
+        ({}, "partition-id must be an integer from 0, got None"),
+        ({"partition-id": "1"}, "partition-id must be an integer from 0, got '1'"),
+        ({"partition-id": 3}, r"partition-id must be in \[0, 2\] for num_clients 3, got 3"),
+        ({"partition-id": 0, "client-id": "../etc"}, "client-id must match"),
+    ],
+)
+def test_a_node_that_is_not_told_who_it_is_says_what_is_missing(node_config: dict[str, int | str], says: str) -> None:
+    with pytest.raises(ConfigError, match=f"node config: {says}"):
+        client_settings({"config-text": SMALL}, node_config, ROOT)
+
+
+def test_other_code_than_was_started_is_refused() -> None:
+    assert server_settings({"config-text": SMALL, "code-digest": code_digest(ROOT)}, ROOT)
+    with pytest.raises(ConfigError, match="is other code than was started"):
+        server_settings({"config-text": SMALL, "code-digest": "0" * 64}, ROOT)
+
+
+def test_the_code_digest_changes_with_an_app(tmp_path: Path) -> None:
+    for name in ("server_app.py", "client_app.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    same = code_digest(tmp_path)
+    assert same == code_digest(ROOT)
+    (tmp_path / "client_app.py").write_text("# other\n")
+    assert code_digest(tmp_path) != same
+
+
+def test_overrides_that_no_shell_would_split_are_refused() -> None:
+    with pytest.raises(ConfigError, match="set can't be split"):
+        server_settings({"config-text": SMALL, "set": "seed='1"}, ROOT)

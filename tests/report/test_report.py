@@ -1,0 +1,69 @@
+"""Tables and figures."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from fedkd_flwr.report import read_run, write_report
+from fedkd_flwr.report.figures import Curve, draw_curves
+from fedkd_flwr.report.progress import RoundNote
+from fedkd_flwr.report.table import COLUMNS, markdown_table
+from tests.conftest import Run
+
+
+def test_a_curve_counts_every_byte_moved_until_its_round(run: Run) -> None:
+    result = read_run(run())
+    curve = result.curve()
+    assert curve.rounds == [0, 1, 2, 3]
+    until_final = sum(row["wire_bytes"] for row in result.rows if row["kind"] == "message" and row["round"] <= 3)
+    assert curve.megabytes == sorted(curve.megabytes)
+    assert curve.megabytes[-1] == pytest.approx(until_final / 1e6 / 3)
+    assert curve.scores[-1] == result.score("shared_global")
+
+
+def test_last_rounds_is_the_mean_of_the_last_three(run: Run) -> None:
+    result = read_run(run("num_rounds=4"))
+    assert result.last_rounds() == pytest.approx(sum(result.curve().scores[-3:]) / 3)
+
+
+def test_an_algorithm_that_shares_nothing_is_drawn_by_its_private_models(run: Run) -> None:
+    result = read_run(run("algorithm.name=local_only"))
+    assert result.curve().label.endswith("own data")
+    assert result.curve().rounds == [0, 1, 2]
+    row = result.table_row()
+    assert (row["shared model"], row["last 3 rounds"], row["shared, local"]) == ("-", "-", "-")
+    assert float(row["private, local"]) == pytest.approx(result.score("private_local"), abs=5e-4)
+
+
+def test_a_report_is_written_beside_the_first_run_unless_told_otherwise(run: Run, tmp_path: Path) -> None:
+    first, second = run(), run("seed=5")
+    figure, table = write_report([first, second])
+    assert (figure.parent, table.parent) == (first, first)
+    assert imread(figure).shape[0] > 300
+    assert table.read_text().count("\n| small") == 2
+    assert write_report([first], tmp_path / "elsewhere")[0].parent == tmp_path / "elsewhere"
+
+
+def test_the_same_curves_give_the_same_picture(tmp_path: Path) -> None:
+    curves = [Curve("a", [0, 1, 2], [0.1, 1.0, 2.0], [0.1, 0.5, 0.9])]
+    for name in ("one.png", "two.png"):
+        draw_curves(curves, "accuracy", tmp_path / name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_a_markdown_table_has_a_head_a_rule_and_a_row_for_each_run() -> None:
+    row = dict.fromkeys(COLUMNS, "x")
+    lines = markdown_table([row, row]).splitlines()
+    assert lines[0] == "| " + " | ".join(COLUMNS) + " |"
+    assert lines[1].count("---") == len(COLUMNS)
+    assert lines[2] == lines[3] == "| " + " | ".join(["x"] * len(COLUMNS)) + " |"
+
+
+def test_a_round_note_gives_the_score_and_the_bytes_so_far() -> None:
+    note = RoundNote()
+    metrics = {"shared_global": {"accuracy": 0.5}, "shared_local": None, "private_local": None}
+    assert note.of({"kind": "message", "wire_bytes": 2_500_000}) is None
+    assert (
+        note.of({"kind": "round", "round": 1, "metrics": metrics, "skipped": True}) == "accuracy 0.500, 2.5 MB, skipped"
+    )
