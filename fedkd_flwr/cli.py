@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -91,6 +92,8 @@ def check(conf: Config, overrides: Overrides = None) -> None:
 def main() -> None:
     """Entry point: one line for an error, and an exit status that can be relied on."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # As Ctrl-C: whoever ends this process means the run, and the SuperLink that it started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)  # typer turns Ctrl-C and typer.Exit into this
     except ConfigError as error:

@@ -71,7 +71,14 @@ def hello(message: Message, context: Context, app_dir: Path) -> Message:
     version: int | None = state.version if state else 0
     if state is None and asked.initial_digest != client.runtime.lineage:
         version = None
-    reply = HelloReply(client.settings.client_key, version, lineage, len(client.data.train), fresh=state is None)
+    reply = HelloReply(
+        client.settings.client_key,
+        version,
+        lineage,
+        len(client.data.train),
+        committed_round=state.committed_round if state else 0,
+        replied_round=state.replied_round if state else 0,
+    )
     return Message(reply.to_records(), reply_to=message)
 
 
@@ -86,7 +93,7 @@ def train(message: Message, context: Context, app_dir: Path) -> Message:
         return Message(_again(last, instruction).to_records(), reply_to=message)
 
     started = perf_counter()
-    state = catch_up(client.runtime, state.settle(instruction.counted_round), instruction)
+    state = catch_up(client.runtime, _settled(client, state, instruction), instruction)
     decoded = perf_counter()
     reply, state = _train(client, state, instruction)
     reply = replace(reply, seconds={**reply.seconds, "decode": decoded - started})
@@ -102,9 +109,7 @@ def evaluate(message: Message, context: Context, app_dir: Path) -> Message:
     client = client_of(context, app_dir)
     store = client.store(instruction.training_id)
     started = perf_counter()
-    state = catch_up(
-        client.runtime, (store.load() or client.fresh_state()).settle(instruction.counted_round), instruction
-    )
+    state = catch_up(client.runtime, _settled(client, store.load() or client.fresh_state(), instruction), instruction)
     seconds = {"decode": perf_counter() - started}
     state = store.commit(state)
     half = client.runtime.algorithm.client
@@ -184,6 +189,11 @@ def _train(client: Client, state: ClientState, instruction: Instruction) -> tupl
         },
     )
     return reply, replace(state, private=trained.private, pending=pending)
+
+
+def _settled(client: Client, state: ClientState, instruction: Instruction) -> ClientState:
+    wires = client.runtime.wires
+    return state.settle(instruction.counted_round, wires.uplink.initial_state() if wires else {})
 
 
 def _scored(client: Client, state: ClientState, instruction: Instruction, scores: Mapping[str, Metrics]) -> Reply:

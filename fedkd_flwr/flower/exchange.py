@@ -8,6 +8,7 @@ every client does, so it is replaced here.
 
 import logging
 import random
+import re
 from collections.abc import Callable, Iterable
 from time import monotonic, perf_counter, sleep
 from typing import Any
@@ -202,8 +203,8 @@ class Exchange(Strategy):
         if not self._roster.admit(node_id, reply, held, live):
             self._first_failure = self._first_failure or f"two live nodes are client {reply.client_key!r}"
             _log.warning("node %d refused: another live node is client %r", node_id, reply.client_key)
-        elif reply.fresh:
-            self._uplink_states.pop(reply.client_key, None)  # its encoder starts afresh, so does our decoder
+        elif self._roster.counted_round(reply.client_key) == 0:
+            self._uplink_states.pop(reply.client_key, None)  # its encoder begins again, and so does our decoder
 
     def _available(self, grid: Grid) -> list[Seat]:
         busy = self._mailbox.busy_nodes()
@@ -392,4 +393,5 @@ def _content(message: Message) -> Message:
     if message.has_content():
         return message
     lines = [line.strip() for line in (message.error.reason or "").splitlines() if line.strip()]
-    raise MessageError(lines[-1] if lines else f"Flower error {message.error.code}")
+    # A traceback ends with the error's full name; its module says nothing to whoever reads the ledger.
+    raise MessageError(re.sub(r"^(\w+\.)+(?=\w+:)", "", lines[-1]) if lines else f"Flower error {message.error.code}")

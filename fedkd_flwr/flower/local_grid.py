@@ -47,7 +47,7 @@ class LocalGrid(Grid):
     @property
     def run(self) -> Run:
         """Not available here."""
-        raise NotImplementedError("an in-process grid has no run record")
+        raise RuntimeError("an in-process grid has no run record")
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None

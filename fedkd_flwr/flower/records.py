@@ -64,14 +64,16 @@ class HelloReply:
         version: the version it holds; None where it could not build version 0 as the server did.
         lineage: of that version, 32 bytes.
         num_examples: its training examples.
-        fresh: whether it remembers nothing of this training.
+        committed_round: round of the reply that its codec state is known to have counted up to; 0 for none.
+        replied_round: round of its last reply, counted or not; 0 for none.
     """
 
     client_key: str
     version: int | None
     lineage: bytes
     num_examples: int
-    fresh: bool
+    committed_round: int
+    replied_round: int
 
     def to_records(self) -> RecordDict:
         """As Flower records."""
@@ -82,7 +84,8 @@ class HelloReply:
                 "version": version,
                 "lineage": self.lineage,
                 "num-examples": self.num_examples,
-                "fresh": self.fresh,
+                "committed-round": self.committed_round,
+                "replied-round": self.replied_round,
             }
         )
         return RecordDict({"config": config})
@@ -98,7 +101,8 @@ class HelloReply:
         if not re.fullmatch(NAME_PATTERN, key):
             raise MessageError(f"client-key must be letters, digits, dots, dashes and underscores, got {key[:80]!r}")
         held = None if version < 0 else version
-        return cls(key, held, _digest(config, "lineage"), num_examples, config.get("fresh") is True)
+        rounds = [_take(config, name, int) for name in ("committed-round", "replied-round")]
+        return cls(key, held, _digest(config, "lineage"), num_examples, *rounds)
 
 
 @dataclass(frozen=True, slots=True)

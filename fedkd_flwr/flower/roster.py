@@ -57,10 +57,16 @@ class Roster:
             self._refused[node_id] = reply.client_key
             return False
         self._seats = {key: other for key, other in self._seats.items() if other.node_id != node_id}
-        counted = seat.counted_round if seat and not reply.fresh else 0
+        # Codec states are out of step where the client has none after the reply that counted; both begin again then.
+        in_step = seat is not None and seat.counted_round in (reply.committed_round, reply.replied_round)
+        counted = seat.counted_round if seat is not None and in_step else 0
         self._seats[reply.client_key] = Seat(reply.client_key, node_id, version, reply.num_examples, counted)
         self._stale.discard(node_id)
         return True
+
+    def counted_round(self, client_key: str) -> int:
+        """Round of its last reply that entered an aggregate; 0 where none did, or codec states began again."""
+        return self._seats[client_key].counted_round
 
     def doubt(self, client_key: str) -> None:
         """What this client holds has become uncertain; ask again before sending it work."""

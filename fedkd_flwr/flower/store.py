@@ -63,6 +63,7 @@ class ClientState:
         pending: the one after the last reply given, which may yet count.
         downlink: downlink codec state.
         last_reply: None before the first.
+        committed_round: round of the reply that `committed` stands after; 0 for the state before any.
         generation: counts commits.
     """
 
@@ -74,13 +75,31 @@ class ClientState:
     pending: Arrays
     downlink: Arrays
     last_reply: LastReply | None = None
+    committed_round: int = 0
     generation: int = 0
 
-    def settle(self, counted_round: int) -> "ClientState":
-        """The state once it is known which reply counted last: pending becomes committed, or is dropped."""
-        if self.last_reply is not None and self.last_reply.server_round == counted_round:
-            return replace(self, committed=self.pending)
-        return replace(self, pending=self.committed)
+    @property
+    def replied_round(self) -> int:
+        """Round of the last reply given; 0 before the first."""
+        return self.last_reply.server_round if self.last_reply else 0
+
+    def settle(self, counted_round: int, initial: Arrays) -> "ClientState":
+        """The state once it is known which reply counted last: pending becomes committed, or is dropped.
+
+        Args:
+            counted_round: what the server says; 0 where its decoder stands at the beginning.
+            initial: uplink codec state at the beginning.
+
+        Raises:
+            StateError: if this client has no state after that reply; it lost its disk since.
+        """
+        if counted_round == 0:
+            return replace(self, committed=initial, pending=initial, committed_round=0)
+        if counted_round == self.replied_round:
+            return replace(self, committed=self.pending, committed_round=counted_round)
+        if counted_round == self.committed_round:
+            return replace(self, pending=self.committed)
+        raise StateError(f"has no codec state after its reply of round {counted_round}, which the server counted")
 
 
 class ClientStore:
@@ -180,6 +199,7 @@ def _read(path: Path) -> ClientState:
         pending=without_prefix(_PENDING, arrays),
         downlink=without_prefix(_DOWNLINK, arrays),
         last_reply=reply,
+        committed_round=facts["committed_round"],
         generation=facts["generation"],
     )
 
@@ -199,6 +219,7 @@ def _write(path: Path, state: ClientState) -> None:
         "version": state.version,
         "lineage": state.lineage.hex(),
         "last_reply": last,
+        "committed_round": state.committed_round,
         "generation": state.generation,
     }
     contiguous = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in arrays.items()}

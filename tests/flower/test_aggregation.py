@@ -40,7 +40,7 @@ def give(exchange: Exchange, runtime: Runtime, key: str, num_examples: int, upda
     assert runtime.wires is not None
     payload, _ = runtime.wires.uplink.encode(update, {}, progress=0.0, seed=0)
     node = len(exchange._round.accepted) + 10
-    exchange._roster.admit(node, HelloReply(key, 0, runtime.lineage, num_examples, True), 0, [node])
+    exchange._roster.admit(node, HelloReply(key, 0, runtime.lineage, num_examples, 0, 0), 0, [node])
     exchange._round.accepted[key] = Reply(1, 1, 0, runtime.lineage, num_examples, 1, payload)
 
 

@@ -4,8 +4,8 @@ from fedkd_flwr.flower.records import HelloReply
 from fedkd_flwr.flower.roster import Roster
 
 
-def hello(key: str = "site1", *, fresh: bool = False) -> HelloReply:
-    return HelloReply(key, 0, bytes(32), 10, fresh)
+def hello(key: str = "site1", committed_round: int = 0, replied_round: int = 0) -> HelloReply:
+    return HelloReply(key, 0, bytes(32), 10, committed_round, replied_round)
 
 
 def test_the_second_live_node_of_a_name_is_refused_until_the_first_is_gone() -> None:
@@ -27,11 +27,11 @@ def test_a_node_that_changes_its_name_keeps_one_seat() -> None:
 
 
 def test_a_restarted_client_keeps_its_counted_round_and_one_that_lost_its_disk_does_not() -> None:
-    for fresh, expected in ((False, 7), (True, 0)):
+    for rounds, expected in (((7, 9), 7), ((6, 7), 7), ((0, 0), 0), ((5, 6), 0)):
         roster = Roster()
         roster.admit(1, hello(), 0, live=[1])
         roster.counted("site1", 7)
-        roster.admit(2, hello(fresh=fresh), 0, live=[2])
+        roster.admit(2, hello("site1", *rounds), 0, live=[2])
         assert roster.available([2])[0].counted_round == expected
 
 

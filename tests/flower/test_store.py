@@ -32,7 +32,8 @@ def same(a: ClientState, b: ClientState) -> bool:
         x, y = getattr(a, group), getattr(b, group)
         if x.keys() != y.keys() or not all(np.array_equal(x[n], y[n]) and x[n].dtype == y[n].dtype for n in x):
             return False
-    return (a.version, a.lineage, a.last_reply, a.generation) == (b.version, b.lineage, b.last_reply, b.generation)
+    facts = ("version", "lineage", "last_reply", "committed_round", "generation")
+    return all(getattr(a, fact) == getattr(b, fact) for fact in facts)
 
 
 def test_what_is_committed_is_loaded(store: ClientStore) -> None:
@@ -86,11 +87,23 @@ def test_names_that_are_not_safe_as_folders_are_refused(tmp_path: Path, name: st
 
 
 def test_pending_becomes_committed_when_its_reply_counted() -> None:
-    settled = STATE.settle(counted_round=5)
+    settled = STATE.settle(5, {})
     assert settled.committed is STATE.pending
+    assert settled.committed_round == 5
 
 
 def test_pending_is_dropped_when_its_reply_did_not_count() -> None:
-    settled = STATE.settle(counted_round=4)
+    settled = replace(STATE, committed_round=4).settle(4, {})
     assert settled.committed is STATE.committed
     assert settled.pending is STATE.committed
+
+
+def test_codec_state_begins_again_where_the_server_counts_from_the_beginning() -> None:
+    initial = {"residual/w": np.zeros(3, np.float32)}
+    settled = STATE.settle(0, initial)
+    assert (settled.committed, settled.pending, settled.committed_round) == (initial, initial, 0)
+
+
+def test_a_counted_reply_that_the_client_does_not_remember_is_refused() -> None:
+    with pytest.raises(StateError, match="no codec state after its reply of round 3"):
+        STATE.settle(3, {})

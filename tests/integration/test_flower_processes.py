@@ -59,14 +59,26 @@ def test_a_simulation_that_fails_is_exit_1_with_the_reason(conf: Path, tmp_path:
     assert "first reason" in done.stderr
 
 
-def test_ctrl_c_stops_the_run_and_leaves_no_process(conf: Path, tmp_path: Path) -> None:
-    command = [str(BIN / "fedkd"), "run", str(conf), "--output-dir", str(tmp_path / "out"), "--set", "num_rounds=500"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "out").glob("small/*/ledger.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_termination_stop_the_run_and_leave_no_process(
+    number: signal.Signals, conf: Path, tmp_path: Path
+) -> None:
+    command = [str(BIN / "fedkd"), "run", str(conf), "--output-dir", str(tmp_path / "out"), "--set", "num_rounds=5000"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        # A shell without job control starts what runs in its background with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "out").glob("small/*/ledger.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
     time.sleep(3)
     marker = str(tmp_path / "out")
     left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if marker in _read(p)]
