@@ -1,4 +1,4 @@
-"""`fedkd`: run, compare, report, check."""
+"""`fedkd`: run, resume, compare, report, check, state."""
 
 import logging
 import os
@@ -10,12 +10,17 @@ from typing import Annotated
 
 import click
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 import fedkd_flwr
 from fedkd_flwr.experiment import ConfigError, Experiment, load
 from fedkd_flwr.flower.errors import RunError
+from fedkd_flwr.flower.inventory import delete_state, kept_states
 from fedkd_flwr.flower.launcher import launch
+from fedkd_flwr.flower.server import CONFIG_FILE, check_resumable
+from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
 from fedkd_flwr.measure.ledger import LEDGER_FILE
 from fedkd_flwr.report import read_run, write_report
 from fedkd_flwr.report.progress import RunProgress
@@ -46,6 +51,52 @@ def run(conf: Config, overrides: Overrides = None, in_process: InProcess = False
     """Run one experiment in simulation and print what came out."""
     experiment = load(conf, overrides or ())
     _show([_run(experiment, output_dir, in_process)], None)
+
+
+@app.command()
+def resume(
+    directory: Annotated[Path, typer.Argument(help="run directory: results/<experiment>/<run>")],
+    overrides: Overrides = None,
+    in_process: InProcess = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="accept another num_rounds than the run was begun with")
+    ] = False,
+) -> None:
+    """Go on with a run that was interrupted, from its newest checkpoint."""
+    config = directory / CONFIG_FILE
+    if not config.is_file():
+        raise ConfigError(f"{str(directory)!r} holds no {CONFIG_FILE}; give results/<experiment>/<run>")
+    experiment = load(config, overrides or ())
+    run_dir = directory.resolve()
+    check_resumable(ServerSettings(experiment, run_dir, resume=True, force=force))
+    _execute(experiment, run_dir, in_process, resume=True, force=force)
+    _show([run_dir], None)
+
+
+@app.command()
+def state(
+    directory: Annotated[Path | None, typer.Argument(help="state directory; Flower's own by default")] = None,
+    training: Annotated[str, typer.Option(help="only this training")] = "",
+    client: Annotated[str, typer.Option(help="only this client")] = "",
+    delete: Annotated[bool, typer.Option("--delete", help="delete what is listed, private models included")] = False,
+) -> None:
+    """List what clients keep on this machine, and delete it when asked to."""
+    root = directory or default_state_dir()
+    listed = [
+        kept for kept in kept_states(root) if training in ("", kept.training_id) and client in ("", kept.client_key)
+    ]
+    if not listed:
+        raise ConfigError(f"{str(root)!r} holds no client state{' of that name' if training or client else ''}")
+    table = Table("training", "client", "version", "last reply", "kB", "changed", "", box=box.SIMPLE)
+    for kept in listed:
+        if delete:
+            delete_state(kept)
+        version = "damaged" if kept.version is None else str(kept.version)
+        replied = f"round {kept.replied_round}" if kept.replied_round else "-"
+        changed = f"{kept.changed:%Y-%m-%d %H:%M}"
+        fate = "deleted" if delete else ""
+        table.add_row(kept.training_id, kept.client_key, version, replied, f"{kept.num_bytes / 1e3:.0f}", changed, fate)
+    (out if out.is_terminal else Console(width=120)).print(table)
 
 
 @app.command()
@@ -118,17 +169,23 @@ def _run(experiment: Experiment, output_dir: Path | None, in_process: bool) -> P
     run_dir = _root(experiment, output_dir) / experiment.name / _run_name()
     # Built here first, so that data or models that don't fit are found before anything is started or written.
     experiment.build_algorithm(experiment.build_task())
+    _execute(experiment, run_dir, in_process)
+    return run_dir
+
+
+def _execute(
+    experiment: Experiment, run_dir: Path, in_process: bool, *, resume: bool = False, force: bool = False
+) -> None:
     with RunProgress(experiment.name, experiment.num_rounds, err) as progress:
         if in_process:
             # Imported here: the apps stand beside the package, and nothing else needs them.
             import client_app
             from fedkd_flwr.flower.in_process import run_in_process
 
-            run_in_process(experiment, client_app.app, run_dir, progress.update)
+            run_in_process(experiment, client_app.app, run_dir, progress.update, resume=resume, force=force)
             write_report([run_dir])
         else:
-            launch(experiment, _app_dir(), run_dir, progress.update)
-    return run_dir
+            launch(experiment, _app_dir(), run_dir, progress.update, resume=resume, force=force)
 
 
 def _root(experiment: Experiment, output_dir: Path | None) -> Path:

@@ -6,7 +6,7 @@ Each axis has a table of plug-ins, and each plug-in's options live in its own fi
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Self, Union, cast, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -16,10 +16,10 @@ from fedkd_flwr.algorithms import ALGORITHMS, Algorithm, AlgorithmOptions
 from fedkd_flwr.compressors import COMPRESSORS, CompressorOptions
 from fedkd_flwr.core.protocols import Task
 from fedkd_flwr.core.seeds import derive_seed
+from fedkd_flwr.server_options import ServerOptions
 from fedkd_flwr.tasks import TASKS, TaskOptions
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # experiment names and client keys become file names
-MAX_TIMEOUT_SECONDS = 30 * 86_400.0
 
 
 class ConfigError(Exception):
@@ -46,36 +46,6 @@ _TABLES: dict[str, Mapping[str, type[BaseModel]]] = {
     "algorithm": ALGORITHMS,
     "compressor": COMPRESSORS,
 }
-
-
-class AggregatorOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """How uploads become one.
-
-    Attributes:
-        name: "fedavg", the mean.
-        weighting: "uniform" counts every client alike, as the FedKD paper does; "num_examples" by its training data.
-    """
-
-    name: Literal["fedavg"] = "fedavg"
-    weighting: Literal["uniform", "num_examples"] = "uniform"
-
-
-class ServerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """What the server waits for and how it counts.
-
-    Attributes:
-        aggregator: how uploads become one.
-        fraction_train: share of the clients that trains in each round, in (0, 1].
-        min_replies: a round with fewer good replies is skipped; an aggregate of one would be that client's update.
-        round_timeout_seconds: how long a round waits for replies.
-        connect_timeout_seconds: how long the server waits for `num_clients` clients before it gives up.
-    """
-
-    aggregator: AggregatorOptions = AggregatorOptions()
-    fraction_train: float = Field(1.0, gt=0, le=1)
-    min_replies: int = Field(2, ge=1)
-    round_timeout_seconds: float = Field(600.0, gt=0, le=MAX_TIMEOUT_SECONDS)
-    connect_timeout_seconds: float = Field(120.0, gt=0, le=MAX_TIMEOUT_SECONDS)
 
 
 class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -106,19 +76,11 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     @property
     def num_sampled(self) -> int:
         """Clients that train in each round."""
-        return round(self.num_clients * self.server.fraction_train)
+        return self.server.num_sampled(self.num_clients)
 
     @model_validator(mode="after")
     def _enough_clients(self) -> Self:
-        if self.num_sampled < 1:
-            raise ValueError(
-                f"server.fraction_train: {self.server.fraction_train} of {self.num_clients} clients is none; raise it"
-            )
-        if self.num_sampled < self.server.min_replies:
-            raise ValueError(
-                f"server.min_replies must be at most the {self.num_sampled} clients that train in a round, "
-                f"got {self.server.min_replies}"
-            )
+        self.server.check_clients(self.num_clients)
         return self
 
     def build_task(self) -> Task:

@@ -29,7 +29,7 @@ algorithm:
   name: fedkd
   local: {num_epochs: 1, batch_size: 128}
 compressor: {name: svd}
-server: {min_replies: 1}
+server: {min_replies: 2}
 """
 
 Run = Callable[..., Path]

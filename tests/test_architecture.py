@@ -15,6 +15,7 @@ LAYERS = {
     "compressors": 1,
     "tasks": 1,
     "measure": 1,
+    "server_options": 1,
     "experiment": 2,
     "flower": 3,
     "report": 3,

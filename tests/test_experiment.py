@@ -37,7 +37,7 @@ def message_of(text: str, *overrides: str) -> str:
     ("override", "start"),
     [
         ("sed=1", f"sed: unknown key; allowed: {OUTER_KEYS}"),
-        ("server.sampling=1", "server.sampling: unknown key; allowed: aggregator, fraction_train, min_replies, "),
+        ("server.sampling=1", "server.sampling: unknown key; allowed: aggregator, fraction_train, num_train, "),
         ("algorithm.mu=1", "algorithm.mu: unknown key; allowed: name, mutual, hidden, attention, "),
         ("task.student.depth=1", "task.student.depth: unknown key; allowed: num_layers, hidden_size, num_heads, "),
         ("task.partition.alpha=1", "task.partition.alpha: unknown key; allowed: name"),
@@ -207,9 +207,12 @@ def test_an_option_of_the_old_plug_in_is_refused_after_the_swap() -> None:
     assert message == "algorithm.mutual: unknown key; allowed: name, model, local, optimizer"
 
 
+ONE_REPLY = ("server.min_replies=1", "server.allow_single_reply=true")
+
+
 @pytest.mark.parametrize(("fraction", "sampled"), [(1.0, 4), (0.75, 3), (0.7, 3), (0.5, 2), (0.3, 1)])
 def test_the_fraction_that_trains_is_counted_in_whole_clients(fraction: float, sampled: int) -> None:
-    assert parse(BASE, [f"server.fraction_train={fraction}", "server.min_replies=1"]).num_sampled == sampled
+    assert parse(BASE, [f"server.fraction_train={fraction}", *ONE_REPLY]).num_sampled == sampled
 
 
 def test_more_clients_than_examples_is_an_error_that_names_num_clients() -> None:

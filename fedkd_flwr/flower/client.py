@@ -9,6 +9,7 @@ import torch
 from flwr.app import Context, Message
 
 from fedkd_flwr.algorithms.base import Assignment, Metrics
+from fedkd_flwr.core.arrays import require_finite
 from fedkd_flwr.core.modules import without_prefix
 from fedkd_flwr.core.protocols import ClientData
 from fedkd_flwr.core.seeds import derive_seed
@@ -19,7 +20,7 @@ from fedkd_flwr.flower.records import Hello, HelloReply, Instruction, Reply
 from fedkd_flwr.flower.reference import DECODER, SHARED, snapshot_arrays
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.settings import ClientSettings, client_settings
-from fedkd_flwr.flower.store import ClientState, ClientStore, LastReply
+from fedkd_flwr.flower.store import UNKNOWN_VERSION, ClientState, ClientStore, LastReply
 
 PRIVATE_MODEL_DIR = "private_model"
 
@@ -69,15 +70,18 @@ def hello(message: Message, context: Context, app_dir: Path) -> Message:
     state = client.store(asked.training_id).load()
     lineage = state.lineage if state else client.runtime.lineage
     version: int | None = state.version if state else 0
-    if state is None and asked.initial_digest != client.runtime.lineage:
+    lost = state is not None and state.version == UNKNOWN_VERSION
+    if lost or (state is None and asked.initial_digest != client.runtime.lineage):
         version = None
     reply = HelloReply(
         client.settings.client_key,
         version,
         lineage,
         len(client.data.train),
+        len(client.data.test),
         committed_round=state.committed_round if state else 0,
         replied_round=state.replied_round if state else 0,
+        memory="nothing" if state is None else "private" if lost else "all",
     )
     return Message(reply.to_records(), reply_to=message)
 
@@ -138,7 +142,7 @@ def catch_up(runtime: Runtime, state: ClientState, instruction: Instruction) -> 
             lineage=instruction.lineage,
         )
     missing = instruction.version - state.version
-    if not 0 <= missing <= len(instruction.payloads):
+    if state.version == UNKNOWN_VERSION or not 0 <= missing <= len(instruction.payloads):
         raise StateError(
             f"holds version {state.version}, can't reach {instruction.version} from {instruction.base_version}"
         )
@@ -153,6 +157,10 @@ def catch_up(runtime: Runtime, state: ClientState, instruction: Instruction) -> 
             version=state.version + 1,
             lineage=next_lineage(state.lineage, payload),
         )
+    try:
+        require_finite(state.shared)
+    except ValueError as error:
+        raise StateError(f"was sent payloads that lead nowhere: {error}") from error
     if state.lineage != instruction.lineage:
         raise StateError(f"holds another version {state.version} than the server: their updates differ")
     return state

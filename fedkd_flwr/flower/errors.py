@@ -6,7 +6,15 @@ class RunError(Exception):
 
 
 class MessageError(ValueError):
-    """A message that is not what its sender should have sent."""
+    """A message that is not what its sender should have sent.
+
+    Attributes:
+        kind: what it is counted under in the ledger and the summary.
+    """
+
+    def __init__(self, message: str, kind: str = "malformed") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class StateError(Exception):

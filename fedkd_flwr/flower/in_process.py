@@ -10,7 +10,13 @@ from fedkd_flwr.measure.ledger import Listener
 
 
 def run_in_process(
-    experiment: Experiment, client_app: ClientFunction, run_dir: Path, listener: Listener | None = None
+    experiment: Experiment,
+    client_app: ClientFunction,
+    run_dir: Path,
+    listener: Listener | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
 ) -> Path:
     """Run an experiment with as many in-process nodes as it has clients.
 
@@ -19,6 +25,8 @@ def run_in_process(
         client_app: what a node runs.
         run_dir: where results go, client states in `state` below it.
         listener: called with every row of the ledger.
+        resume: go on with the run that is there.
+        force: even with another number of rounds.
 
     Returns:
         The run directory.
@@ -28,4 +36,5 @@ def run_in_process(
         {"partition-id": client, "num-partitions": experiment.num_clients} for client in range(experiment.num_clients)
     ]
     with task_identity():
-        return serve(LocalGrid(client_app, nodes, run_config), ServerSettings(experiment, run_dir), listener)
+        settings = ServerSettings(experiment, run_dir, resume, force)
+        return serve(LocalGrid(client_app, nodes, run_config), settings, listener)

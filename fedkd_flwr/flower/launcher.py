@@ -33,7 +33,15 @@ _STOP_SECONDS = 20.0
 _POLL_SECONDS = 0.2
 
 
-def launch(experiment: Experiment, app_dir: Path, run_dir: Path, listener: Listener | None = None) -> Path:
+def launch(
+    experiment: Experiment,
+    app_dir: Path,
+    run_dir: Path,
+    listener: Listener | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+) -> Path:
     """Run an experiment with `flwr run` in simulation and wait for its end.
 
     Args:
@@ -41,6 +49,8 @@ def launch(experiment: Experiment, app_dir: Path, run_dir: Path, listener: Liste
         app_dir: the Flower app: pyproject.toml, server_app.py, client_app.py.
         run_dir: where results go: <output>/<experiment name>/<run name>.
         listener: called with every row of the ledger as it is written.
+        resume: go on with the run that is there.
+        force: even with another number of rounds.
 
     Returns:
         The run directory.
@@ -55,7 +65,7 @@ def launch(experiment: Experiment, app_dir: Path, run_dir: Path, listener: Liste
     with tempfile.TemporaryDirectory(prefix="fedkd-", ignore_cleanup_errors=True) as home:
         flower = _Flower(Path(home))
         with flower.superlink():
-            run_id = flower.submit(experiment, app_dir, run_dir)
+            run_id = flower.submit(experiment, app_dir, run_dir, resume=resume, force=force)
             try:
                 _follow(flower, run_id, run_dir, listener)
             except KeyboardInterrupt:
@@ -69,7 +79,7 @@ def _follow(flower: "_Flower", run_id: int, run_dir: Path, listener: Listener | 
     """Pass the ledger's rows on until Flower's log of the run ends."""
     run_dir.mkdir(parents=True, exist_ok=True)
     tail = _Tail(run_dir / LEDGER_FILE, listener)
-    with (run_dir / RUN_LOG).open("wb") as log:
+    with (run_dir / RUN_LOG).open("ab") as log:
         process = flower.start("flwr", "log", str(run_id), _CONNECTION, "--stream", output=log)
         try:
             while process.poll() is None:
@@ -97,7 +107,7 @@ class _Tail:
     def __init__(self, path: Path, listener: Listener | None) -> None:
         self._path = path
         self._listener = listener
-        self._offset = 0
+        self._offset = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0  # of a resumed run, only what is new
 
     def read(self) -> None:
         if self._listener is None or not self._path.exists():
@@ -171,12 +181,13 @@ class _Flower:
                 time.sleep(_POLL_SECONDS)
         raise RunError(f"SuperLink did not start: {log_path.read_text(errors='replace')[-500:].strip()}")
 
-    def submit(self, experiment: Experiment, app_dir: Path, run_dir: Path) -> int:
+    def submit(self, experiment: Experiment, app_dir: Path, run_dir: Path, *, resume: bool, force: bool) -> int:
         """Send the app; Flower's id of the run."""
         config = {
             "config-text": experiment.to_yaml(),
             "output-dir": str(run_dir.parent.parent),
-            "run-name": run_dir.name,
+            "resume" if resume else "run-name": run_dir.name,
+            "resume-force": force,
             "state-dir": str(run_dir / "state"),
             "code-digest": code_digest(app_dir),
         }

@@ -21,6 +21,7 @@ TRAIN = "train"
 EVALUATE = "evaluate"
 
 LINEAGE_BYTES = 32
+MEMORIES = ("nothing", "private", "all")
 SECONDS = ("client_train", "evaluate", "encode", "decode")
 _UNKNOWN_VERSION = -1
 _METRIC_PATTERN = r"[a-z][a-z0-9_]{0,47}"
@@ -64,16 +65,21 @@ class HelloReply:
         version: the version it holds; None where it could not build version 0 as the server did.
         lineage: of that version, 32 bytes.
         num_examples: its training examples.
+        num_test_examples: examples that its scores are means over.
         committed_round: round of the reply that its codec state is known to have counted up to; 0 for none.
         replied_round: round of its last reply, counted or not; 0 for none.
+        memory: what it remembers of this training: "nothing", "all", or "private" where only that could be saved from
+            a damaged disk.
     """
 
     client_key: str
     version: int | None
     lineage: bytes
     num_examples: int
+    num_test_examples: int
     committed_round: int
     replied_round: int
+    memory: str
 
     def to_records(self) -> RecordDict:
         """As Flower records."""
@@ -84,8 +90,10 @@ class HelloReply:
                 "version": version,
                 "lineage": self.lineage,
                 "num-examples": self.num_examples,
+                "num-test-examples": self.num_test_examples,
                 "committed-round": self.committed_round,
                 "replied-round": self.replied_round,
+                "memory": self.memory,
             }
         )
         return RecordDict({"config": config})
@@ -95,14 +103,17 @@ class HelloReply:
         """Read what `to_records` wrote."""
         config = _config(content)
         version = _take(config, "version", int)
-        num_examples = _take(config, "num-examples", int)
-        _check_count("num-examples", num_examples)
+        num_examples, num_test_examples = (_count(config, name) for name in ("num-examples", "num-test-examples"))
+        memory = _take(config, "memory", str)
+        if memory not in MEMORIES:
+            raise MessageError(f"memory must be one of {', '.join(MEMORIES)}, got {memory[:80]!r}")
         key = _take(config, "client-key", str)
         if not re.fullmatch(NAME_PATTERN, key):
             raise MessageError(f"client-key must be letters, digits, dots, dashes and underscores, got {key[:80]!r}")
         held = None if version < 0 else version
-        rounds = [_take(config, name, int) for name in ("committed-round", "replied-round")]
-        return cls(key, held, _digest(config, "lineage"), num_examples, *rounds)
+        committed, replied = (_take(config, name, int) for name in ("committed-round", "replied-round"))
+        lineage = _digest(config, "lineage")
+        return cls(key, held, lineage, num_examples, num_test_examples, committed, replied, memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,14 +181,25 @@ class Instruction:
         version = _take(config, "version", int)
         if version < len(payloads):
             raise MessageError(f"version must be at least {len(payloads)} for as many payloads, got {version}")
+        progress = _take(config, "progress", float)
+        if not 0 <= progress <= 1:
+            raise MessageError(f"progress must be in [0, 1], got {progress}")
+        server_round, attempt, counted_round = (
+            _take(config, name, int) for name in ("server-round", "attempt", "counted-round")
+        )
+        if server_round < 1 or attempt < 1 or not 0 <= counted_round < server_round:
+            raise MessageError(
+                f"server-round and attempt must be at least 1 and counted-round of an earlier round, got "
+                f"{server_round}, {attempt}, {counted_round}"
+            )
         return cls(
             training_id=_take(config, "training-id", str),
-            server_round=_take(config, "server-round", int),
-            attempt=_take(config, "attempt", int),
+            server_round=server_round,
+            attempt=attempt,
             version=version,
             lineage=_digest(config, "lineage"),
-            progress=_take(config, "progress", float),
-            counted_round=_take(config, "counted-round", int),
+            progress=progress,
+            counted_round=counted_round,
             base_version=version - len(payloads),
             payloads=payloads,
             snapshot=snapshot,
@@ -252,11 +274,9 @@ class Reply:
             raise MessageError("a reply needs a metric record 'metrics'")
         metrics = dict(record)
         if _take(metrics, "lineage", int) != short_lineage(lineage):
-            raise MessageError("the client works from another lineage than the server")
+            raise MessageError("the client works from another lineage than the server", kind="stale")
         groups = _read_groups(metrics)
-        counts = {key: _take(metrics, key, int) for key in ("num-examples", "num-test-examples")}
-        for key, count in counts.items():
-            _check_count(key, count)
+        counts = {key: _count(metrics, key) for key in ("num-examples", "num-test-examples")}
         return cls(
             server_round=_take(metrics, "server-round", int),
             attempt=_take(metrics, "attempt", int),
@@ -299,9 +319,11 @@ def _read_groups(metrics: Mapping[str, object]) -> dict[str, dict[str, float]]:
     return groups
 
 
-def _check_count(key: str, count: int) -> None:
+def _count(record: Mapping[str, object], key: str) -> int:
+    count = _take(record, key, int)
     if not 1 <= count <= _MOST_EXAMPLES:
         raise MessageError(f"{key} must be in [1, {_MOST_EXAMPLES}], got {count}")
+    return count
 
 
 def _groups(reply: Reply) -> dict[str, Mapping[str, float]]:

@@ -7,12 +7,13 @@ import numpy as np
 
 from fedkd_flwr.algorithms.base import SharedState
 from fedkd_flwr.core.arrays import Array, Arrays, require_finite
-from fedkd_flwr.core.modules import prefixed
+from fedkd_flwr.core.modules import prefixed, without_prefix
 from fedkd_flwr.core.protocols import Codec
 from fedkd_flwr.core.snapshot import pack_snapshot, snapshot_bytes
+from fedkd_flwr.flower.archive import Archive
 from fedkd_flwr.flower.lineage import next_lineage
 
-SHARED, DECODER = "shared/", "decoder/"
+SHARED, DECODER, _ENCODER, _WINDOW = "shared/", "decoder/", "encoder/", "window/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +71,40 @@ class Reference:
             return None
         return version if self._lineages[version] == lineage else None
 
-    def delivery(self, held: int | None) -> Delivery:
+    def delivery(self, held: int | None, oldest: int = 0) -> Delivery:
         """The fewest bytes that bring a client from the version it holds to the current one.
 
         Args:
             held: None where the client has no version of ours.
+            oldest: broadcasts that led to this version and to earlier ones are not for this client to see.
         """
         if held == self.version:
             return Delivery(self.version)
         missing = None if held is None or held > self.version else self.version - held
-        if missing is not None and missing <= len(self._window):
+        if missing is not None and missing <= len(self._window) and self.version - missing >= oldest:
             payloads = tuple(self._window)[len(self._window) - missing :]
             if sum(map(len, payloads)) < self._snapshot_bytes():
                 return Delivery(self.version - missing, payloads)
         if self._snapshot is None:
             self._snapshot = pack_snapshot(snapshot_arrays(self.shared, self._decoder_state))
         return Delivery(self.version, snapshot=self._snapshot)
+
+    def saved(self) -> Archive:
+        """For a checkpoint."""
+        arrays = snapshot_arrays(self.shared, self._decoder_state) | prefixed(_ENCODER, self._encoder_state)
+        arrays |= {f"{_WINDOW}{i:06d}": np.frombuffer(payload, np.uint8) for i, payload in enumerate(self._window)}
+        return Archive({"lineages": [lineage.hex() for lineage in self._lineages]}, arrays)
+
+    def restore(self, archive: Archive) -> None:
+        """Go on from a checkpoint."""
+        self._lineages = [bytes.fromhex(lineage) for lineage in archive.facts["lineages"]]
+        self.lineage, self.version = self._lineages[-1], len(self._lineages) - 1
+        self.shared = without_prefix(SHARED, archive.arrays)
+        self._decoder_state = without_prefix(DECODER, archive.arrays)
+        self._encoder_state = without_prefix(_ENCODER, archive.arrays)
+        window = without_prefix(_WINDOW, archive.arrays)
+        self._window = deque(window[name].tobytes() for name in sorted(window))
+        self._snapshot = None
 
     def _snapshot_bytes(self) -> int:
         return snapshot_bytes(snapshot_arrays(self.shared, self._decoder_state))

@@ -11,6 +11,21 @@ from fedkd_flwr.flower.roster import Seat
 _log = logging.getLogger("fedkd")
 
 
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A reply that does not count.
+
+    Attributes:
+        client: client key.
+        kind: what it is counted under: error, silent, unsent, late, malformed, stale, payload, norm, aggregate.
+        reason: in words.
+    """
+
+    client: str
+    kind: str
+    reason: str
+
+
 @dataclass
 class Round:
     """What one round gathers on its way to the ledger.
@@ -20,9 +35,12 @@ class Round:
         progress: share of training done, in [0, 1].
         version: that clients work from.
         lineage: of that version.
-        seats: clients chosen, by Flower's node id.
+        wire_bytes_before: moved by the run when the round began.
+        attempt: of the messages that are out.
+        seats: clients asked, by Flower's node id.
+        sampled: their names, as first chosen.
         accepted: good replies, by client key.
-        rejected: client key and reason of every other outcome.
+        rejected: every other outcome.
         seconds: by name, summed over clients and server.
         payload_bytes: of the broadcast.
     """
@@ -31,16 +49,19 @@ class Round:
     progress: float
     version: int
     lineage: bytes
+    wire_bytes_before: int = 0
+    attempt: int = 1
     seats: dict[int, Seat] = field(default_factory=dict)
+    sampled: list[str] = field(default_factory=list)
     accepted: dict[str, Reply] = field(default_factory=dict)
-    rejected: list[tuple[str, str]] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     payload_bytes: int = 0
 
-    def reject(self, client_key: str, reason: str) -> None:
+    def reject(self, client_key: str, kind: str, reason: str) -> None:
         """Note that a client's reply does not count, and why."""
         _log.warning("round %d: reply of %s rejected: %s", self.number, client_key, reason)
-        self.rejected.append((client_key, reason))
+        self.rejected.append(Rejection(client_key, kind, reason))
 
     def timed(self, name: str, started: float) -> None:
         """Add the time since `started` under a name."""

@@ -1,27 +1,43 @@
 """The server's end of a run: build, exchange, write down, export."""
 
+import fcntl
 import logging
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from flwr.serverapp import Grid
 
 from fedkd_flwr.core.arrays import num_elements
+from fedkd_flwr.experiment import ConfigError, load
+from fedkd_flwr.flower.checkpoint import Checkpoints
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.exchange import Exchange
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.settings import ServerSettings
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Ledger, Listener, environment
-from fedkd_flwr.measure.summary import write_summary
+from fedkd_flwr.measure.summary import read_summary, write_summary
 
 CONFIG_FILE = "config.yaml"
 STUDENT_DIR = "student"
+LOCK_FILE = "lock"
+# What may differ in a resumed run: where results go, how long to wait, when to end, how much to keep.
+_FREE_TO_CHANGE = {
+    "output_dir",
+    "server.round_timeout_seconds",
+    "server.connect_timeout_seconds",
+    "server.min_available",
+    "server.keep_checkpoints",
+    "server.early_stop",
+}
 
 _log = logging.getLogger("fedkd")
 
 
 def serve(grid: Grid, settings: ServerSettings, listener: Listener | None = None) -> Path:
-    """Run one experiment to its end.
+    """Run one experiment to its end, from its beginning or from its newest checkpoint.
 
     Args:
         grid: Flower's.
@@ -32,7 +48,7 @@ def serve(grid: Grid, settings: ServerSettings, listener: Listener | None = None
         The run directory: config.yaml, ledger.jsonl, summary.json, and the shared model as a Hugging Face directory.
 
     Raises:
-        ConfigError: if the experiment can't be built.
+        ConfigError: if the experiment can't be built, or is not the one to be resumed.
         RunError: if the run can't go on. The ledger and the summary then say "failed".
     """
     runtime = runtime_of(settings.experiment)
@@ -41,15 +57,21 @@ def serve(grid: Grid, settings: ServerSettings, listener: Listener | None = None
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"output directory {str(run_dir)!r} can't be made: {error.strerror}") from error
-    if (run_dir / LEDGER_FILE).exists():
-        raise RunError(f"{str(run_dir)!r} holds a run already; give another run-name")
-    (run_dir / CONFIG_FILE).write_text(settings.experiment.to_yaml(), encoding="utf-8")
-    ledger = Ledger(run_dir, listener)
+    with _only_one_process(run_dir):
+        if settings.resume:
+            check_resumable(settings)
+        elif (run_dir / LEDGER_FILE).exists():
+            raise RunError(f"{str(run_dir)!r} holds a run already; resume it, or give another run-name")
+        (run_dir / CONFIG_FILE).write_text(settings.experiment.to_yaml(), encoding="utf-8")
+        _run(grid, runtime, settings, Ledger(run_dir, listener))
+    return run_dir
+
+
+def _run(grid: Grid, runtime: Runtime, settings: ServerSettings, ledger: Ledger) -> None:
+    run_dir = settings.run_dir
     status, reason = "failed", ""
     try:
-        training_id = secrets.token_hex(8)
-        _write_start(ledger, runtime, training_id)
-        exchange = Exchange(runtime, ledger, training_id)
+        exchange = _exchange(runtime, settings, ledger)
         exchange.start(grid)
         runtime.algorithm.server.export_shared(exchange.reference.shared, run_dir / STUDENT_DIR)
         status = "completed"
@@ -63,7 +85,69 @@ def serve(grid: Grid, settings: ServerSettings, listener: Listener | None = None
         ledger.write("end", status=status, reason=reason)
         ledger.close()
         write_summary(run_dir)
-    return run_dir
+
+
+def _exchange(runtime: Runtime, settings: ServerSettings, ledger: Ledger) -> Exchange:
+    """The exchange, from its beginning or from the newest checkpoint."""
+    checkpoints = Checkpoints(settings.run_dir, settings.experiment.server.keep_checkpoints)
+    checkpoint = checkpoints.latest() if settings.resume else None
+    training_id = checkpoint.training_id if checkpoint else ledger.training_id or secrets.token_hex(8)
+    attempt = 1
+    if ledger.training_id:
+        ledger.write(
+            "resume", round=checkpoint.server_round if checkpoint else 0, num_rounds=runtime.experiment.num_rounds
+        )
+        attempt = 1 + ledger.num_resumes
+    else:
+        _write_start(ledger, runtime, training_id)
+    exchange = Exchange(runtime, ledger, training_id, checkpoints, attempt)
+    if checkpoint:
+        exchange.restore(checkpoint, ledger.last_round)
+    return exchange
+
+
+def check_resumable(settings: ServerSettings) -> None:
+    """Refuse to go on with another experiment than was begun.
+
+    Raises:
+        ConfigError: naming the first key that differs, or if there is nothing to go on with.
+    """
+    run_dir, experiment = settings.run_dir, settings.experiment
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise ConfigError(f"{str(run_dir)!r} holds no {CONFIG_FILE}; give results/<experiment>/<run>")
+    begun = load(run_dir / CONFIG_FILE)
+    differing = _first_difference(begun.model_dump(mode="json"), experiment.model_dump(mode="json"))
+    if differing == "num_rounds" and settings.force:
+        rest = {"num_rounds": begun.num_rounds}
+        differing = _first_difference(begun.model_dump(mode="json"), experiment.model_dump(mode="json") | rest)
+    if differing:
+        remedy = "force it" if differing == "num_rounds" else "start a new run"
+        raise ConfigError(f"{differing}: differs from the run in {str(run_dir)!r}, so it can't be resumed; {remedy}")
+    summary = read_summary(run_dir)
+    if summary and summary["status"] == "completed" and experiment.num_rounds <= summary["num_rounds"]:
+        raise ConfigError(f"{str(run_dir)!r} is completed; there is nothing to resume")
+
+
+def _first_difference(a: Any, b: Any, key: str = "") -> str:
+    """The first key under which two configurations differ, apart from those that decide nothing; empty if none."""
+    if key in _FREE_TO_CHANGE or a == b:
+        return ""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return key
+    names = [*a, *(name for name in b if name not in a)]
+    found = (_first_difference(a.get(name), b.get(name), f"{key}.{name}" if key else name) for name in names)
+    return next((name for name in found if name), "")
+
+
+@contextmanager
+def _only_one_process(run_dir: Path) -> Iterator[None]:
+    """Keep a second process out of a run directory for as long as the first lives, however it ends."""
+    with (run_dir / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"{str(run_dir)!r} is in use by a run that is still going on") from error
+        yield
 
 
 def _write_start(ledger: Ledger, runtime: Runtime, training_id: str) -> None:

@@ -1,7 +1,8 @@
 """Flower's run config and node config, read once at each end.
 
 The run config stays small: `config` (path of the YAML, relative to the app), `config-text` (YAML that wins over it),
-`set` (overrides, as a shell would split them), `output-dir`, `run-name`, `state-dir`, `code-digest`.
+`set` (overrides, as a shell would split them), `output-dir`, `run-name`, `resume` (name of a run to go on with, or
+"latest"), `resume-force` (with another number of rounds), `state-dir`, `code-digest`.
 """
 
 import hashlib
@@ -27,11 +28,15 @@ class ServerSettings:
 
     Attributes:
         experiment: the validated configuration.
-        run_dir: where the ledger and the results go; not made yet.
+        run_dir: where the ledger and the results go; not made yet, unless it is to be resumed.
+        resume: go on with the run that is there.
+        force: even with another number of rounds.
     """
 
     experiment: Experiment
     run_dir: Path
+    resume: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +64,11 @@ def server_settings(run_config: UserConfig, app_dir: Path) -> ServerSettings:
     """
     experiment = _experiment(run_config, app_dir)
     root = _directory(run_config.get("output-dir")) or _flower_home() / "fedkd" / "results"
+    runs = root / experiment.name
+    if resume := str(run_config.get("resume", "")):
+        return ServerSettings(experiment, _run_to_resume(runs, resume), True, run_config.get("resume-force") is True)
     name = str(run_config.get("run-name") or datetime.now().strftime("%Y%m%d-%H%M%S-%f"))
-    return ServerSettings(experiment, root / experiment.name / name)
+    return ServerSettings(experiment, runs / name)
 
 
 def client_settings(run_config: UserConfig, node_config: UserConfig, app_dir: Path) -> ClientSettings:
@@ -82,7 +90,12 @@ def client_settings(run_config: UserConfig, node_config: UserConfig, app_dir: Pa
     if not re.fullmatch(NAME_PATTERN, key):
         raise ConfigError(f"node config: client-id must match {NAME_PATTERN}, got {key!r}")
     state_dir = _directory(node_config.get("state-dir")) or _directory(run_config.get("state-dir"))
-    return ClientSettings(experiment, state_dir or _flower_home() / "fedkd" / "state", key, partition_id)
+    return ClientSettings(experiment, state_dir or default_state_dir(), key, partition_id)
+
+
+def default_state_dir() -> Path:
+    """Where clients keep their state unless node or run say otherwise."""
+    return _flower_home() / "fedkd" / "state"
 
 
 def code_digest(app_dir: Path) -> str:
@@ -94,6 +107,15 @@ def code_digest(app_dir: Path) -> str:
     for name in APP_FILES:
         state.update(name.encode() + b"\0" + (app_dir / name).read_bytes())
     return state.hexdigest()
+
+
+def _run_to_resume(runs: Path, name: str) -> Path:
+    there = sorted(path.name for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+    if name == "latest" and there:
+        name = there[-1]
+    if name not in there:
+        raise ConfigError(f"run config: resume must be a run in {str(runs)!r} or 'latest', got {name!r}")
+    return runs / name
 
 
 def _experiment(run_config: UserConfig, app_dir: Path) -> Experiment:

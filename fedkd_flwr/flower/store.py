@@ -1,34 +1,47 @@
 """What a client remembers, on its own disk.
 
-`state_dir/<training_id>/<client_key>/state.safetensors` holds arrays and, in its header, the rest as JSON. It is
-replaced whole by a rename, under a lock, before any reply leaves; a commit names the generation it read, so a late
-process can't overwrite a newer state. Flower's own context is not used: it reaches the disk after the reply, or never.
+    state_dir/<training_id>/
+        references/<lineage>.safetensors    shared arrays of one version, once for all clients on this machine
+        <client_key>/
+            state.safetensors               private arrays, codec states, last reply; names the lineage it stands at
+            previous.safetensors            the state before that: the teacher's last good copy
+            reference-<lineage>.safetensors the same file as in references/, by a hard link
+            private_model/                  the private model as a Hugging Face directory, after the final evaluation
+            lock
+
+Files are replaced whole by a rename, under a lock, before any reply leaves; a commit names the generation it read, so
+a late process can't overwrite a newer state. Flower's own context is not used: it reaches the disk after the reply, or
+never.
 """
 
 import fcntl
-import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from fedkd_flwr.core.arrays import Array, Arrays
+from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.modules import prefixed, without_prefix
 from fedkd_flwr.experiment import NAME_PATTERN
+from fedkd_flwr.flower.archive import Archive, ArchiveError, read_archive, read_facts, write_archive
 from fedkd_flwr.flower.errors import StateError
+from fedkd_flwr.flower.reference import DECODER, SHARED, snapshot_arrays
 
 STATE_FILE = "state.safetensors"
-FORMAT = "fedkd client state 1"
+PREVIOUS_FILE = "previous.safetensors"
+REFERENCES_DIR = "references"
+FORMAT = "fedkd client state 2"
+REFERENCE_FORMAT = "fedkd reference 1"
+UNKNOWN_VERSION = -1
 _REPLY_PAYLOAD = "reply payload"
-_SHARED, _PRIVATE, _COMMITTED, _PENDING, _DOWNLINK = "shared/", "private/", "committed/", "pending/", "downlink/"
+_PRIVATE, _COMMITTED, _PENDING = "private/", "committed/", "pending/"
 
 _log = logging.getLogger("fedkd")
 
@@ -55,7 +68,7 @@ class ClientState:
     """Everything a client needs to go on.
 
     Attributes:
-        version: of the shared arrays.
+        version: of the shared arrays; `UNKNOWN_VERSION` where they were lost and a snapshot is needed.
         lineage: of that version.
         shared: what server and client both hold.
         private: what never leaves.
@@ -116,26 +129,57 @@ class ClientStore:
 
     def __init__(self, state_dir: Path, training_id: str, client_key: str) -> None:
         for what, name in (("training id", training_id), ("client key", client_key)):
-            if not re.fullmatch(NAME_PATTERN, name):
-                raise StateError(f"{what} must be letters, digits, dots, dashes and underscores, got {name!r}")
+            if not re.fullmatch(NAME_PATTERN, name) or name == REFERENCES_DIR:
+                raise StateError(
+                    f"{what} must be letters, digits, dots, dashes and underscores, and not {REFERENCES_DIR!r}, "
+                    f"got {name!r}"
+                )
         self.directory = state_dir / training_id / client_key
+        self._training_id = training_id
+        self._references = state_dir / training_id / REFERENCES_DIR
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            for directory in (self.directory, self._references):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StateError(f"state directory {str(self.directory)!r} can't be made: {error.strerror}") from error
 
     def load(self) -> ClientState | None:
-        """The last committed state, or None where there is none or its file is damaged."""
+        """The last committed state; None where there is none, or nothing of it can be read.
+
+        Of a damaged state the last good copy of the private arrays is kept, and the rest is asked for again: its
+        version is `UNKNOWN_VERSION`. Where only the shared arrays are damaged, codec states are kept too.
+
+        Raises:
+            StateError: if it is the state of another training.
+        """
         path = self.directory / STATE_FILE
         with self._locked():
-            if not path.exists():
-                return None
             try:
-                return _read(path)
-            except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-                _log.warning("client state can't be read, starting afresh: %s", error)
-                os.replace(path, path.with_suffix(".damaged"))
+                archive = read_archive(path, FORMAT)
+            except FileNotFoundError:
                 return None
+            except ArchiveError as error:
+                _log.warning("client %s: %s", self.directory.name, error)
+                os.replace(path, path.with_suffix(".damaged"))
+                return self._salvage()
+            if (found := archive.facts["training_id"]) != self._training_id:
+                raise StateError(f"{str(path)!r} is of training {found}, not of {self._training_id}; delete it")
+            state = _state(archive)
+            try:
+                reference = read_archive(self._reference(state.lineage), REFERENCE_FORMAT).arrays
+            except (FileNotFoundError, ArchiveError) as error:
+                _log.warning("client %s: %s", self.directory.name, error)
+                for copy in (self._reference(state.lineage), self._pooled(state.lineage)):
+                    copy.unlink(missing_ok=True)  # or it would be linked again
+                return replace(state, version=UNKNOWN_VERSION)
+        return replace(state, shared=without_prefix(SHARED, reference), downlink=without_prefix(DECODER, reference))
+
+    def _salvage(self) -> ClientState | None:
+        try:
+            previous = _state(read_archive(self.directory / PREVIOUS_FILE, FORMAT))
+        except (FileNotFoundError, ArchiveError):
+            return None
+        return ClientState(UNKNOWN_VERSION, bytes(32), {}, previous.private, {}, {}, {})
 
     def commit(self, state: ClientState) -> ClientState:
         """Replace the state on disk by this one, made from the one with its generation.
@@ -146,23 +190,58 @@ class ClientStore:
         Raises:
             StateError: if another process committed since, or the disk refuses.
         """
+        path = self.directory / STATE_FILE
         with self._locked():
             on_disk = self._generation()
             if on_disk != state.generation:
                 raise StateError(f"another process has changed the client state ({on_disk} != {state.generation})")
             following = replace(state, generation=state.generation + 1)
             try:
-                _write(self.directory / STATE_FILE, following)
-            except OSError as error:
-                raise StateError(f"client state can't be written: {error.strerror}") from error
+                self._keep_reference(state)
+                if path.exists():
+                    _link(path, self.directory / PREVIOUS_FILE)
+                write_archive(path, FORMAT, _archive(following, self._training_id))
+                self._forget_references(state.lineage)
+            except (OSError, ArchiveError) as error:
+                raise StateError(f"client state can't be written: {error}") from error
         return following
 
     def _generation(self) -> int:
         try:
-            with safe_open(self.directory / STATE_FILE, framework="np") as file:
-                return int(json.loads(file.metadata()["state"])["generation"])
-        except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+            return int(read_facts(self.directory / STATE_FILE, FORMAT)["generation"])
+        except (FileNotFoundError, ArchiveError):
             return 0
+
+    # Shared arrays, once on this machine for each version
+
+    def _reference(self, lineage: bytes) -> Path:
+        return self.directory / f"reference-{lineage.hex()}.safetensors"
+
+    def _pooled(self, lineage: bytes) -> Path:
+        return self._references / f"{lineage.hex()}.safetensors"
+
+    def _keep_reference(self, state: ClientState) -> None:
+        own, pooled = self._reference(state.lineage), self._pooled(state.lineage)
+        if own.exists():
+            return
+        try:
+            _link(pooled, own)
+        except FileNotFoundError:  # the first here at this version, or the last one left meanwhile
+            write_archive(own, REFERENCE_FORMAT, Archive({}, snapshot_arrays(state.shared, state.downlink)))
+            _link(own, pooled)
+
+    def _forget_references(self, lineage: bytes) -> None:
+        """Drop this client's hold on older versions, and the versions that nobody here holds any more."""
+        for own in self.directory.glob("reference-*.safetensors"):
+            if own == self._reference(lineage):
+                continue
+            pooled = self._references / own.name.removeprefix("reference-")
+            own.unlink(missing_ok=True)
+            try:
+                if pooled.stat().st_nlink == 1:
+                    pooled.unlink()
+            except FileNotFoundError:
+                continue
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -177,14 +256,22 @@ class ClientStore:
             os.close(descriptor)
 
 
-def _read(path: Path) -> ClientState:
-    arrays: dict[str, Array] = {}
-    with safe_open(path, framework="np") as file:
-        facts = json.loads(file.metadata()["state"])
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            arrays[name] = file.get_tensor(name)
-    if facts["format"] != FORMAT:
-        raise ValueError(f"format must be {FORMAT!r}, got {facts['format']!r}")
+def _link(source: Path, target: Path) -> None:
+    """Let `target` be the same file as `source`, in one step; a copy where the disk knows no links."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, partial)
+    os.replace(partial, target)
+    partial.unlink(missing_ok=True)  # a rename onto another link of the same file leaves both
+
+
+def _state(archive: Archive) -> ClientState:
+    facts, arrays = archive.facts, archive.arrays
     last = facts["last_reply"]
     reply = None
     if last is not None:
@@ -193,45 +280,30 @@ def _read(path: Path) -> ClientState:
     return ClientState(
         version=facts["version"],
         lineage=bytes.fromhex(facts["lineage"]),
-        shared=without_prefix(_SHARED, arrays),
+        shared={},
         private=without_prefix(_PRIVATE, arrays),
         committed=without_prefix(_COMMITTED, arrays),
         pending=without_prefix(_PENDING, arrays),
-        downlink=without_prefix(_DOWNLINK, arrays),
+        downlink={},
         last_reply=reply,
         committed_round=facts["committed_round"],
         generation=facts["generation"],
     )
 
 
-def _write(path: Path, state: ClientState) -> None:
-    arrays = prefixed(_SHARED, state.shared) | prefixed(_PRIVATE, state.private)
-    arrays |= prefixed(_COMMITTED, state.committed) | prefixed(_PENDING, state.pending)
-    arrays |= prefixed(_DOWNLINK, state.downlink)
-    last: dict[str, Any] | None = None
-    if state.last_reply is not None:
-        last = asdict(state.last_reply) | {"lineage": state.last_reply.lineage.hex()}
-        payload = last.pop("payload")
-        if payload is not None:
-            arrays[_REPLY_PAYLOAD] = np.frombuffer(payload, np.uint8)
+def _archive(state: ClientState, training_id: str) -> Archive:
+    arrays = prefixed(_PRIVATE, state.private) | prefixed(_COMMITTED, state.committed)
+    arrays |= prefixed(_PENDING, state.pending)
+    last = state.last_reply
+    if last is not None and last.payload is not None:
+        arrays[_REPLY_PAYLOAD] = np.frombuffer(last.payload, np.uint8)
+    reply = last and {"server_round": last.server_round, "lineage": last.lineage.hex(), "numbers": dict(last.numbers)}
     facts = {
-        "format": FORMAT,
+        "training_id": training_id,
         "version": state.version,
         "lineage": state.lineage.hex(),
-        "last_reply": last,
+        "last_reply": reply,
         "committed_round": state.committed_round,
         "generation": state.generation,
     }
-    contiguous = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in arrays.items()}
-    data = save(contiguous, metadata={"state": json.dumps(facts)})
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself
-    finally:
-        os.close(directory)
+    return Archive(facts, arrays)

@@ -1,8 +1,9 @@
 """The ledger: one JSON row for everything that happened in a run, appended as it happens.
 
-Row kinds: `start` (who, with what), `message` (bytes of one message), `round` (metrics, counts, seconds), `final` (the
-evaluation on all clients at the end), `end` (status). A row is written whole or, if the process dies, not at all as
-far as a reader can tell: an unfinished last line is left out.
+Row kinds: `start` (who, with what), `message` (bytes of one message), `round` (metrics, counts, seconds), `event`
+(something unusual about a client), `final` (the evaluation on all clients at the end), `end` (status), `resume` (a
+later process goes on after an end or a crash). A row is written whole or, if the process dies, not at all as far as a
+reader can tell: an unfinished last line is left out.
 """
 
 import json
@@ -48,20 +49,49 @@ class MessageRow:
 
 
 class Ledger:
-    """Appends rows to `directory`/ledger.jsonl and tells a listener."""
+    """Appends rows to `directory`/ledger.jsonl and tells a listener.
+
+    Where the file holds rows of an earlier process already, time and bytes go on from them.
+
+    Attributes:
+        wire_bytes: of all messages so far.
+        last_round: the last round that has a row; -1 where none has.
+        training_id: of the `start` row, or empty.
+        num_resumes: how often the run was resumed.
+    """
 
     def __init__(self, directory: Path, listener: Listener | None = None) -> None:
         path = directory / LEDGER_FILE
-        _cut_torn_line(path)
+        self.wire_bytes = 0
+        self.last_round = -1
+        self.training_id = ""
+        self.num_resumes = 0
+        elapsed = 0.0
+        if path.exists():
+            _cut_torn_line(path)
+            for row in read_rows(path):
+                elapsed = row["elapsed_seconds"]
+                self._count(row)
         self._file = path.open("a", encoding="utf-8")
         self._listener = listener
-        self._started = time.monotonic()
+        self._started = time.monotonic() - elapsed
+
+    def _count(self, row: Row) -> None:
+        kind = row["kind"]
+        if kind == "message":
+            self.wire_bytes += row.get("wire_bytes", 0)
+        elif kind == "round":
+            self.last_round = row.get("round", self.last_round)
+        elif kind == "start":
+            self.training_id = row.get("training_id", "")
+        self.num_resumes += kind == "resume"
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one row of a kind."""
         row: Row = {"kind": kind, "elapsed_seconds": round(time.monotonic() - self._started, 4), **values}
         self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
         self._file.flush()
+        self._count(row)
         if self._listener:
             self._listener(row)
 
@@ -69,17 +99,20 @@ class Ledger:
         """Append the bytes of one message."""
         self.write("message", **asdict(row))
 
-    def close(self) -> None:
-        """Make what was written durable."""
+    def make_durable(self) -> None:
+        """Wait until what was written is on the disk."""
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Make what was written durable and let go of the file."""
+        self.make_durable()
         self._file.close()
 
 
 def _cut_torn_line(path: Path) -> None:
     """Drop an unfinished last line, or the next row would be written onto it."""
-    if path.exists():
-        written = path.read_bytes()
-        os.truncate(path, written.rfind(b"\n") + 1)
+    written = path.read_bytes()
+    os.truncate(path, written.rfind(b"\n") + 1)
 
 
 def _finite(value: Any) -> Any:

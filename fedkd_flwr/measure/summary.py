@@ -20,7 +20,7 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
 
     Bytes are those of every serialised message, whatever it was for. `dense_teacher_equivalent` is what FedAvg of the
     teacher would have moved with the same participation: two float32 copies of its trainable parameters for each
-    training message; `dense_student_equivalent` likewise.
+    training message; `dense_student_equivalent` likewise. `rejected` counts replies that did not count, by kind.
     """
     start: Row = {}
     end: Row = {"status": "unfinished", "elapsed_seconds": 0.0}
@@ -28,6 +28,9 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     seconds = dict.fromkeys(SECONDS, 0.0)
     num_trainings = 0
     metrics: dict[str, Any] = dict.fromkeys(SCOPES)
+    spread: dict[str, Any] = {}
+    rejected: dict[str, int] = {}
+    stopped_early = ""
     for row in rows:
         if row["kind"] == "start":
             start = row
@@ -36,9 +39,16 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
             num_trainings += row["purpose"] == "train" and row["direction"] == "downlink"
         elif row["kind"] in ("round", "final"):
             metrics |= {scope: row["metrics"][scope] for scope in SCOPES if row["metrics"].get(scope)}
+            spread |= {scope: values for scope, values in row.get("spread", {}).items() if values}
+            for rejection in row.get("rejected", ()):
+                rejected[rejection["kind"]] = rejected.get(rejection["kind"], 0) + 1
+            stopped_early = row.get("stopped_early", "")
             for name in SECONDS:
                 seconds[name] += row["seconds"].get(name) or 0.0
-        # A run without an `end` row is unfinished; it lasted until its last row.
+        # A run without an `end` row after its last start is unfinished; it lasted until its last row.
+        if row["kind"] in ("start", "resume"):
+            end = {"status": "unfinished"}
+            start = start | {"num_rounds": row.get("num_rounds")}
         end = row if row["kind"] == "end" else end | {"elapsed_seconds": row["elapsed_seconds"]}
     facts = ("experiment", "task", "algorithm", "compressor", "aggregator", "seed", "num_clients", "num_rounds")
     return {
@@ -48,6 +58,9 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
         "bytes": _bytes(start, wire, num_trainings),
         "seconds": {"wall": end["elapsed_seconds"], **{k: round(v, 4) for k, v in seconds.items()}},
         "environment": start.get("environment"),
+        "spread": spread,
+        "rejected": dict(sorted(rejected.items())),
+        "stopped_early": stopped_early or None,
     }
 
 

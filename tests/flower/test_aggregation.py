@@ -10,6 +10,7 @@ from torch import nn
 from fedkd_flwr.algorithms.base import Algorithm, MeanUpdateServer, SharedModel
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.protocols import Task
+from fedkd_flwr.flower.checkpoint import Checkpoints
 from fedkd_flwr.flower.exchange import Exchange
 from fedkd_flwr.flower.lineage import initial_lineage
 from fedkd_flwr.flower.records import HelloReply, Reply
@@ -33,15 +34,22 @@ def exchange_of(module: nn.Module, directory: Path, *overrides: str) -> tuple[Ex
     initial = shared.initial()
     wires = shared.wires(experiment.compressor.build)
     runtime = Runtime(experiment, task, algorithm, wires, initial, initial_lineage(initial))
-    return Exchange(runtime, Ledger(directory), "0" * 16), runtime
+    return Exchange(runtime, Ledger(directory), "0" * 16, Checkpoints(directory, 1)), runtime
 
 
 def give(exchange: Exchange, runtime: Runtime, key: str, num_examples: int, update: Arrays) -> None:
     assert runtime.wires is not None
     payload, _ = runtime.wires.uplink.encode(update, {}, progress=0.0, seed=0)
     node = len(exchange._round.accepted) + 10
-    exchange._roster.admit(node, HelloReply(key, 0, runtime.lineage, num_examples, 0, 0), 0, [node])
+    hello = HelloReply(key, 0, runtime.lineage, num_examples, 1, 0, 0, "all")
+    exchange._roster.admit(node, hello, 0, 0, [node])
     exchange._round.accepted[key] = Reply(1, 1, 0, runtime.lineage, num_examples, 1, payload)
+
+
+def advance(exchange: Exchange) -> bool:
+    assert exchange._merger is not None
+    exchange._merger.take(exchange._round, exchange._reject)
+    return exchange._advance(exchange._merger)
 
 
 @pytest.mark.parametrize(("weighting", "moved"), [("uniform", 2.0), ("num_examples", 1.5)])
@@ -54,7 +62,7 @@ def test_parameters_are_weighted_as_asked_and_buffers_always_count_alike(
     for key, num_examples, value in (("a", 3, 1.0), ("b", 1, 3.0)):
         update = {t.name: np.full(t.shape, value, np.float32) for t in runtime.wires.uplink.spec}
         give(exchange, runtime, key, num_examples, update)
-    exchange._advance(exchange._decode_and_aggregate(runtime.wires.uplink))
+    assert advance(exchange)
     after = exchange.reference.shared
     assert np.array_equal(after["weight"] - runtime.initial["weight"], np.full(2, moved, np.float32))
     assert np.array_equal(after["running_mean"], np.full(2, 2.0, np.float32))
@@ -68,7 +76,6 @@ def test_an_aggregate_that_overflows_moves_nothing(tmp_path: Path) -> None:
         exchange._round = exchange._new_round(step + 1)
         update = {t.name: np.full(t.shape, 2e38, np.float32) for t in runtime.wires.uplink.spec}
         give(exchange, runtime, "a", 1, update)
-        moved = exchange._advance(exchange._decode_and_aggregate(runtime.wires.uplink))
-        assert moved == (step == 0)
+        assert advance(exchange) == (step == 0)
     assert exchange.reference.version == 1
     assert all(np.isfinite(value).all() for value in exchange.reference.shared.values())

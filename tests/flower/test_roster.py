@@ -5,39 +5,39 @@ from fedkd_flwr.flower.roster import Roster
 
 
 def hello(key: str = "site1", committed_round: int = 0, replied_round: int = 0) -> HelloReply:
-    return HelloReply(key, 0, bytes(32), 10, committed_round, replied_round)
+    return HelloReply(key, 0, bytes(32), 10, 5, committed_round, replied_round, "all")
 
 
 def test_the_second_live_node_of_a_name_is_refused_until_the_first_is_gone() -> None:
     roster = Roster()
-    assert roster.admit(1, hello(), 0, live=[1])
-    assert not roster.admit(2, hello(), 0, live=[1, 2])
+    assert roster.admit(1, hello(), 0, 0, live=[1])
+    assert not roster.admit(2, hello(), 0, 0, live=[1, 2])
     assert roster.unknown([1, 2]) == []
     assert roster.unknown([2]) == [2]
-    assert roster.admit(2, hello(), 0, live=[2])
+    assert roster.admit(2, hello(), 0, 0, live=[2])
     assert [seat.node_id for seat in roster.available([2])] == [2]
 
 
 def test_a_node_that_changes_its_name_keeps_one_seat() -> None:
     roster = Roster()
-    roster.admit(1, hello("a"), 0, live=[1])
+    roster.admit(1, hello("a"), 0, 0, live=[1])
     roster.doubt("a")
-    roster.admit(1, hello("b"), 0, live=[1])
+    roster.admit(1, hello("b"), 0, 0, live=[1])
     assert [seat.client_key for seat in roster.available([1])] == ["b"]
 
 
 def test_a_restarted_client_keeps_its_counted_round_and_one_that_lost_its_disk_does_not() -> None:
     for rounds, expected in (((7, 9), 7), ((6, 7), 7), ((0, 0), 0), ((5, 6), 0)):
         roster = Roster()
-        roster.admit(1, hello(), 0, live=[1])
+        roster.admit(1, hello(), 0, 0, live=[1])
         roster.counted("site1", 7)
-        roster.admit(2, hello("site1", *rounds), 0, live=[2])
+        roster.admit(2, hello("site1", *rounds), 0, 0, live=[2])
         assert roster.available([2])[0].counted_round == expected
 
 
 def test_a_client_in_doubt_is_asked_again_before_it_gets_work() -> None:
     roster = Roster()
-    roster.admit(1, hello(), 0, live=[1])
+    roster.admit(1, hello(), 0, 0, live=[1])
     roster.doubt("site1")
     assert roster.available([1]) == []
     assert roster.unknown([1]) == [1]

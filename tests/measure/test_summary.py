@@ -54,6 +54,9 @@ KEYS: dict[str, Any] = {
     },
     "seconds": {"wall": None, "client_train": None, "encode": None, "decode": None, "aggregate": None},
     "environment": {"python": None, "torch": None, "flwr": None, "cpu_count": None},
+    "spread": {},
+    "rejected": {},
+    "stopped_early": None,
 }
 
 

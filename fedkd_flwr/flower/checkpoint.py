@@ -1,0 +1,104 @@
+"""Checkpoints of the server: a version is on disk before any message names it.
+
+`<run>/checkpoints/round-0000012.safetensors` holds everything that the rounds after it depend on: the reference with
+its window of payloads and encoder state, the uplink decoders, the aggregator's moments, the table of clients, and the
+ledger's row of that round. Sampling has no state: it is drawn from seed and round.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkd_flwr.core.arrays import Array
+from fedkd_flwr.core.modules import prefixed, without_prefix
+from fedkd_flwr.flower.archive import Archive, ArchiveError, read_archive, write_archive
+from fedkd_flwr.flower.errors import RunError
+
+CHECKPOINTS_DIR = "checkpoints"
+FORMAT = "fedkd checkpoint 1"
+_PATTERN = "round-*.safetensors"
+
+_log = logging.getLogger("fedkd")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The server after one round.
+
+    Attributes:
+        server_round: 0 before the first.
+        training_id: names the training on every client's disk.
+        parts: state by part of the server.
+        row: of that round, for the ledger.
+    """
+
+    server_round: int
+    training_id: str
+    parts: Mapping[str, Archive]
+    row: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The newest checkpoints of a run.
+
+    Args:
+        run_dir: the run's directory.
+        keep: how many stay.
+    """
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.directory = run_dir / CHECKPOINTS_DIR
+        self._keep = keep
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint; when this returns it is on the disk.
+
+        Raises:
+            RunError: if the disk refuses. Earlier checkpoints are as they were.
+        """
+        arrays: dict[str, Array] = {}
+        for part, archive in checkpoint.parts.items():
+            arrays |= prefixed(f"{part}/", archive.arrays)
+        facts = {
+            "server_round": checkpoint.server_round,
+            "training_id": checkpoint.training_id,
+            "parts": {part: archive.facts for part, archive in checkpoint.parts.items()},
+            "row": checkpoint.row,
+        }
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_archive(self._path(checkpoint.server_round), FORMAT, Archive(facts, arrays))
+            for path in self._paths()[self._keep :]:
+                path.unlink()
+        except (OSError, ArchiveError) as error:
+            raise RunError(f"checkpoint of round {checkpoint.server_round} can't be written: {error}") from error
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint that can be read, or None.
+
+        Raises:
+            RunError: if there are some and none can be read.
+        """
+        paths = self._paths()
+        for path in paths:
+            try:
+                return _checkpoint(read_archive(path, FORMAT))
+            except (ArchiveError, KeyError) as error:
+                _log.warning("%s; trying the one before", error)
+        if paths:
+            raise RunError(f"no checkpoint in {str(self.directory)!r} can be read")
+        return None
+
+    def _path(self, server_round: int) -> Path:
+        return self.directory / _PATTERN.replace("*", f"{server_round:07d}")
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.directory.glob(_PATTERN), reverse=True)
+
+
+def _checkpoint(archive: Archive) -> Checkpoint:
+    facts = archive.facts
+    parts = {part: Archive(facts["parts"][part], without_prefix(f"{part}/", archive.arrays)) for part in facts["parts"]}
+    return Checkpoint(facts["server_round"], facts["training_id"], parts, facts["row"])

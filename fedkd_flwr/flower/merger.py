@@ -1,0 +1,126 @@
+"""From a round's uploads to one aggregate."""
+
+from collections.abc import Callable, Iterable, Mapping
+from time import perf_counter
+
+from fedkd_flwr.core.arrays import Array, Arrays, RunningMean
+from fedkd_flwr.core.modules import prefixed
+from fedkd_flwr.core.protocols import Codec
+from fedkd_flwr.flower.aggregators import Aggregator
+from fedkd_flwr.flower.archive import Archive
+from fedkd_flwr.flower.replies import reason_of
+from fedkd_flwr.flower.round import Round
+from fedkd_flwr.flower.validation import NormBound, norm_of
+
+Reject = Callable[[str, str, str], None]
+_LOSS = "train_loss"
+
+
+class Merger:
+    """Decodes uploads in the order of names, one dense update at a time, and hands them to the aggregator.
+
+    The decoder's state of a client moves on only when its reply has entered an aggregate that moved the reference.
+
+    Args:
+        uplink: the codec; its spec says which tensors are buffers.
+        aggregator: of the parameters. Buffers are statistics, not updates: they bypass it by a plain mean.
+        bound: how long an update may be.
+    """
+
+    def __init__(self, uplink: Codec, aggregator: Aggregator, bound: NormBound) -> None:
+        self._uplink = uplink
+        self._aggregator = aggregator
+        self._bound = bound
+        self._buffer_names = [tensor.name for tensor in uplink.spec if tensor.kind == "buffer"]
+        self._buffers = RunningMean()
+        self._states: dict[str, Arrays] = {}  # of the decoders, by client key
+        self._next_states: dict[str, Arrays] = {}  # of those whose upload was taken this round
+        self._before: Arrays = {}  # the aggregator's state when the round began
+
+    def take(self, current: Round, reject: Reject) -> int:
+        """Take the accepted replies of a round.
+
+        Args:
+            current: the round; replies that turn out bad leave it.
+            reject: called with client key, kind and reason of a bad one.
+
+        Returns:
+            How many uploads were taken.
+        """
+        self._aggregator.begin(current.number)
+        self._before = self._aggregator.state()
+        self._buffers = RunningMean()
+        self._next_states = {}
+        self._bound.begin(self._norms(current) if self._bound.needs_norms else ())
+        for client_key, reply in sorted(current.accepted.items()):
+            try:
+                started = perf_counter()
+                upload, state = self._decode(client_key, reply.payload)
+                current.timed("decode", started)
+                started = perf_counter()
+                parameters = self._bound.admit(self._parameters(upload))
+            except Exception as error:  # one bad payload costs one reply, whatever is wrong with it
+                reject(client_key, getattr(error, "kind", "payload"), reason_of(error))
+                del current.accepted[client_key]
+                continue
+            self._aggregator.add(parameters, reply.num_examples, reply.train.get(_LOSS))
+            self._buffers.add({name: upload[name] for name in self._buffer_names}, 1.0)
+            self._next_states[client_key] = state
+            current.timed("aggregate", started)
+        return len(self._next_states)
+
+    def result(self) -> dict[str, Array]:
+        """The aggregate of what was taken.
+
+        Raises:
+            ValueError: if the aggregator gives none for so few uploads.
+        """
+        aggregate = self._aggregator.result()
+        if aggregate is None:
+            raise ValueError(f"the aggregator gives no result for {len(self._next_states)} uploads")
+        return {**aggregate, **self._buffers.result()}
+
+    def counted(self) -> Iterable[str]:
+        """The uploads taken have moved the reference: their decoders move on. Names of the clients."""
+        self._states |= {client_key: state for client_key, state in self._next_states.items() if state}
+        return self._next_states.keys()
+
+    def undo(self) -> None:
+        """The aggregate was of no use: the aggregator forgets it."""
+        self._aggregator.restore(self._before)
+
+    def reset(self, client_key: str) -> None:
+        """A client's encoder begins again, and so does its decoder here."""
+        self._states.pop(client_key, None)
+
+    def saved(self) -> dict[str, Archive]:
+        """For a checkpoint."""
+        decoders: dict[str, Array] = {}
+        for client_key, state in self._states.items():
+            decoders |= prefixed(f"{client_key}/", state)
+        aggregator = Archive({}, self._aggregator.state())
+        return {"decoders": Archive({}, decoders), "aggregator": aggregator, "bound": self._bound.saved()}
+
+    def restore(self, parts: Mapping[str, Archive]) -> None:
+        """Go on from a checkpoint."""
+        states: dict[str, dict[str, Array]] = {}
+        for name, value in parts["decoders"].arrays.items():
+            client_key, _, rest = name.partition("/")
+            states.setdefault(client_key, {})[rest] = value
+        self._states = dict(states)
+        self._aggregator.restore(parts["aggregator"].arrays)
+        self._bound.restore(parts["bound"])
+
+    def _decode(self, client_key: str, payload: bytes | None) -> tuple[Arrays, Arrays]:
+        return self._uplink.decode(payload or b"", self._states.get(client_key, self._uplink.initial_state()))
+
+    def _parameters(self, upload: Arrays) -> dict[str, Array]:
+        return {name: value for name, value in upload.items() if name not in self._buffer_names}
+
+    def _norms(self, current: Round) -> Iterable[float]:
+        """Of this round's updates that can be read; each is decoded for it and let go."""
+        for client_key, reply in sorted(current.accepted.items()):
+            try:
+                yield norm_of(self._parameters(self._decode(client_key, reply.payload)[0]))
+            except Exception:
+                continue

@@ -1,0 +1,157 @@
+"""Who is connected: every unknown node is asked who it is and what it holds before it gets work."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from time import monotonic, sleep
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedkd_flwr.flower.errors import RunError
+from fedkd_flwr.flower.mailbox import Mailbox
+from fedkd_flwr.flower.records import HELLO, Hello, HelloReply
+from fedkd_flwr.flower.reference import Reference
+from fedkd_flwr.flower.replies import content_of, reason_of
+from fedkd_flwr.flower.roster import Roster, Seat
+from fedkd_flwr.flower.round import Round
+from fedkd_flwr.flower.validation import implausible
+from fedkd_flwr.measure.ledger import Ledger
+from fedkd_flwr.server_options import ServerOptions
+
+TTL_MARGIN_SECONDS = 60.0
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 2.0
+_HOPELESS_HELLOS = 3
+_HELLO = "hello"
+
+_log = logging.getLogger("fedkd")
+
+
+class Reception:
+    """Greets nodes, waits for enough of them, and knows which ones are free to work.
+
+    Args:
+        options: how long to wait, and what to believe.
+        hello: the question.
+        roster: who was admitted.
+        mailbox: carries the question.
+        reference: says which versions are ours.
+        reset: told of a client whose codec state begins again; None where nothing is exchanged.
+        ledger: gets an event for whatever is unusual.
+    """
+
+    def __init__(
+        self,
+        options: ServerOptions,
+        hello: Hello,
+        roster: Roster,
+        mailbox: Mailbox,
+        reference: Reference,
+        reset: Callable[[str], None] | None,
+        ledger: Ledger,
+    ) -> None:
+        self._options = options
+        self._hello = hello
+        self._roster = roster
+        self._mailbox = mailbox
+        self._reference = reference
+        self._reset = reset
+        self._ledger = ledger
+        self._failed: Counter[int] = Counter()  # hellos that a node answered with an error
+        self._disbelieved: dict[str, str] = {}
+        self._first_failure = ""
+
+    def gather(self, grid: Grid, current: Round, wanted: int) -> list[Seat]:
+        """Clients that are free to work, once there are so many; fewer when the connect timeout is over.
+
+        Gives up at once where enough nodes are connected and too many of them can't say who they are.
+        """
+        deadline = monotonic() + self._options.connect_timeout_seconds
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            live = self._greet(grid, current)
+            seats = self._free(grid, current)
+            num_hopeful = sum(self._failed[node] < _HOPELESS_HELLOS for node in live)
+            if len(seats) >= wanted or num_hopeful < wanted <= len(live) or monotonic() >= deadline:
+                return seats
+            sleep(min(pause, max(0.0, deadline - monotonic())))
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def require(self, grid: Grid, current: Round, wanted: int, remedy: str) -> list[Seat]:
+        """Clients that are free to work, at least so many.
+
+        Raises:
+            RunError: if they are not there within the connect timeout.
+        """
+        seats = self.gather(grid, current, wanted)
+        if len(seats) < wanted:
+            because = f"; first reason: {self._first_failure}" if self._first_failure else ""
+            raise RunError(
+                f"round {current.number}: {wanted} clients wanted, {len(seats)} connected within "
+                f"{self._options.connect_timeout_seconds:g} s{because}; {remedy}"
+            )
+        return seats
+
+    def refresh(self, grid: Grid, current: Round) -> list[Seat]:
+        """Greet once; clients that are free to work now."""
+        self._greet(grid, current)
+        return self._free(grid, current)
+
+    def _free(self, grid: Grid, current: Round) -> list[Seat]:
+        busy = self._mailbox.busy_nodes()
+        disbelieved = implausible(self._roster.all(), self._options.validation.max_examples_ratio)
+        for client_key in disbelieved.keys() - self._disbelieved.keys():
+            self._event(current, client_key, f"not asked to train: {disbelieved[client_key]}")
+        self._disbelieved = disbelieved
+        return [
+            seat
+            for seat in self._roster.available(grid.get_node_ids())
+            if seat.node_id not in busy and seat.client_key not in disbelieved
+        ]
+
+    def _greet(self, grid: Grid, current: Round) -> set[int]:
+        """Ask every unknown node who it is and what it holds; collect what came late. All live nodes."""
+        live = set(grid.get_node_ids())
+        for asked, message in self._mailbox.collect_late(grid):
+            if asked.purpose == _HELLO:
+                self._admit(asked.node_id, message, live, current)
+            else:
+                current.reject(asked.client_key, "late", f"its reply to round {asked.server_round} came after it")
+        unknown = [node_id for node_id in self._roster.unknown(live) if node_id not in self._mailbox.busy_nodes()]
+        if unknown:
+            ttl = self._options.round_timeout_seconds + TTL_MARGIN_SECONDS
+            messages = [Message(self._hello.to_records(), node_id, HELLO, ttl=ttl) for node_id in unknown]
+            patience = self._options.connect_timeout_seconds
+            post = self._mailbox.exchange(grid, messages, {}, _HELLO, current.number, patience)
+            for node_id, message in post.replies:
+                self._admit(node_id, message, live, current)
+        return live
+
+    def _admit(self, node_id: int, message: Message, live: set[int], current: Round) -> None:
+        try:
+            reply = HelloReply.from_records(content_of(message))
+        except Exception as error:  # whatever a stranger sends, the others go on
+            self._failed[node_id] += 1
+            self._first_failure = self._first_failure or reason_of(error)
+            _log.warning("node %d did not say who it is: %s", node_id, reason_of(error))
+            return
+        del self._failed[node_id]
+        key = reply.client_key
+        before = self._roster.seat(key)
+        held = self._reference.version_of(reply.version, reply.lineage)
+        if not self._roster.admit(node_id, reply, held, self._reference.version, live):
+            self._first_failure = self._first_failure or f"two live nodes are client {key!r}"
+            self._event(current, key, f"a second live node with this name was refused (node {node_id})")
+            return
+        if before is not None and before.replied_round > 0 and reply.memory != "all":
+            fate = "restarts from version 0" if reply.memory == "nothing" else "is kept"
+            event = f"lost its state after round {before.replied_round}: its private model {fate}"
+            self._event(current, key, event)
+        seat = self._roster.seat(key)
+        if self._reset is not None and seat is not None and seat.counted_round == 0:
+            self._reset(key)  # its encoder begins again, and so does our decoder
+
+    def _event(self, current: Round, client_key: str, event: str) -> None:
+        _log.warning("client %s: %s", client_key, event)
+        self._ledger.write("event", round=current.number, client=client_key, event=event)

@@ -1,0 +1,26 @@
+"""What a reply message holds, or why it holds nothing."""
+
+import re
+
+from flwr.app import Message, RecordDict
+
+from fedkd_flwr.flower.errors import MessageError
+
+
+def content_of(message: Message) -> RecordDict:
+    """The message's records.
+
+    Raises:
+        MessageError: if it holds an error instead: the last line of what the client raised, or Flower's own reason.
+    """
+    if message.has_content():
+        return message.content
+    lines = [line.strip() for line in (message.error.reason or "").splitlines() if line.strip()]
+    # A traceback ends with the error's full name; its module says nothing to whoever reads the ledger.
+    reason = re.sub(r"^(\w+\.)+(?=\w+:)", "", lines[-1]) if lines else f"Flower error {message.error.code}"
+    raise MessageError(reason, kind="error")
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line, its type named where the text alone would not say enough."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,103 @@
+"""What the server believes: bounds that follow the clients themselves."""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Literal
+
+import numpy as np
+
+from fedkd_flwr.core.arrays import Array, Arrays
+from fedkd_flwr.flower.archive import Archive
+from fedkd_flwr.flower.errors import MessageError
+from fedkd_flwr.flower.roster import Seat
+
+_REMEMBERED_NORMS = 128
+_FEWEST = 3  # the median of two says nothing about either
+
+
+def norm_of(update: Arrays) -> float:
+    """2-norm over all arrays, in float64."""
+    return float(np.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in update.values())))
+
+
+@dataclass
+class NormBound:
+    """How long an update may be: a multiple of the running median of accepted ones.
+
+    Attributes:
+        ratio: the multiple; None for no bound.
+        excess: what becomes of a longer one.
+    """
+
+    ratio: float | None
+    excess: Literal["reject", "clip"]
+    _norms: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_NORMS))
+    _limit: float | None = None
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether too few updates were accepted so far to know what is usual: then a round judges itself."""
+        return self.ratio is not None and len(self._norms) < 2 * _FEWEST
+
+    def begin(self, norms: Iterable[float] = ()) -> None:
+        """Fix the bound of a round, so that it does not depend on the order of replies.
+
+        Args:
+            norms: of the round's own updates, where `needs_norms`.
+        """
+        known = [*self._norms, *(norm for norm in norms if np.isfinite(norm))]
+        usual = median(known) if len(known) >= _FEWEST else 0.0
+        self._limit = self.ratio * usual if self.ratio is not None and usual > 0 else None
+
+    def admit(self, update: Arrays) -> dict[str, Array]:
+        """The update, or the part of it that is believed.
+
+        Raises:
+            MessageError: if it is too long, and longer ones are rejected.
+        """
+        norm = norm_of(update)
+        if self._limit is None or norm <= self._limit:
+            self._norms.append(norm)
+            return dict(update)
+        if self.excess == "reject":
+            raise MessageError(
+                f"its update's norm is {norm:.4g}, more than {self.ratio:g} times the usual; at most "
+                f"{self._limit:.4g} is believed (server.validation.max_norm_ratio)",
+                kind="norm",
+            )
+        self._norms.append(self._limit)
+        scale = np.float32(self._limit / norm)
+        return {name: np.asarray(value * scale) for name, value in update.items()}
+
+    def saved(self) -> Archive:
+        """For a checkpoint."""
+        return Archive({}, {"norms": np.asarray(self._norms, np.float64)})
+
+    def restore(self, archive: Archive) -> None:
+        """Go on from a checkpoint."""
+        self._norms.clear()
+        self._norms.extend(float(norm) for norm in archive.arrays["norms"])
+
+
+def implausible(seats: Iterable[Seat], ratio: float | None) -> dict[str, str]:
+    """Clients that claim far more examples than the others, and why they are not believed.
+
+    Args:
+        seats: all that are known.
+        ratio: how many times the median is believed; None for any.
+    """
+    known = list(seats)
+    if ratio is None or len(known) < _FEWEST:
+        return {}
+    found = {}
+    for what in ("num_examples", "num_test_examples"):
+        usual = median(getattr(seat, what) for seat in known)
+        for seat in known:
+            if (claimed := getattr(seat, what)) > ratio * usual:
+                found[seat.client_key] = (
+                    f"claims {claimed} {what.removeprefix('num_').replace('_', ' ')}, more than {ratio:g} times the "
+                    f"median of {usual:g} (server.validation.max_examples_ratio)"
+                )
+    return found
