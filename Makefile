@@ -1,12 +1,13 @@
 # make run    trains FedKD and FedAvg and compares them; the first call installs into .venv
 # make test   the default test suite
 # make check  style, types and the default test suite
+# make faults everything that can go wrong, one by one, and what must hold afterwards
 # make bench  where the time of a run goes
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test slow check bench install
+.PHONY: run test slow check faults bench install
 
 run: install
 	$(BIN)/fedkd compare conf/digits_fedkd.yaml conf/digits_fedavg.yaml
@@ -22,6 +23,9 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
+
+faults: install
+	$(BIN)/python -m pytest -q -m "not slow" tests/integration/faults
 
 bench: install
 	$(BIN)/python benchmarks/round_time.py

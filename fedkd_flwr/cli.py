@@ -75,7 +75,7 @@ def resume(
 
 @app.command()
 def state(
-    directory: Annotated[Path | None, typer.Argument(help="state directory; Flower's own by default")] = None,
+    directory: Annotated[Path | None, typer.Argument(help="state or run directory; Flower's own by default")] = None,
     training: Annotated[str, typer.Option(help="only this training")] = "",
     client: Annotated[str, typer.Option(help="only this client")] = "",
     delete: Annotated[bool, typer.Option("--delete", help="delete what is listed, private models included")] = False,
@@ -90,7 +90,10 @@ def state(
     table = Table("training", "client", "version", "last reply", "kB", "changed", "", box=box.SIMPLE)
     for kept in listed:
         if delete:
-            delete_state(kept)
+            try:
+                delete_state(kept)
+            except OSError as error:
+                raise RunError(f"{str(kept.directory)!r} can't be deleted: {error}") from error
         version = "damaged" if kept.version is None else str(kept.version)
         replied = f"round {kept.replied_round}" if kept.replied_round else "-"
         changed = f"{kept.changed:%Y-%m-%d %H:%M}"

@@ -5,6 +5,7 @@ Each axis has a table of plug-ins, and each plug-in's options live in its own fi
 """
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, Union, cast, get_args
 
@@ -107,6 +108,11 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
     def to_yaml(self) -> str:
         """The resolved experiment, every default written out; `parse` reads it back to an equal one."""
+        return self._resolved
+
+    @cached_property
+    def _resolved(self) -> str:
+        # Written once: a simulation asks for it with every message.
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 

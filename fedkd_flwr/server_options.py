@@ -139,7 +139,10 @@ class MultiKrumAggregation(RobustSelection):
 
 
 class BulyanAggregation(RobustSelection):
-    """Krum's selection, then a trimmed mean, El Mhamdi et al. 2018, https://arxiv.org/abs/1802.07927."""
+    """A selection as Multi-Krum's, then a mean about the median, after El Mhamdi et al. 2018.
+
+    https://arxiv.org/abs/1802.07927; Flower selects all at once, where the paper selects one after the other.
+    """
 
     name: Literal["bulyan"] = "bulyan"
 

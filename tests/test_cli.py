@@ -1,12 +1,17 @@
 """The command line: exit status, one-line errors, what is printed and written."""
 
+import fcntl
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
 from fedkd_flwr import cli
-from tests.conftest import SMALL, Run
+from fedkd_flwr.flower.server import CONFIG_FILE
+from fedkd_flwr.flower.store import REFERENCES_DIR, ClientStore
+from fedkd_flwr.measure.summary import SUMMARY_FILE, read_summary
+from tests.conftest import SMALL, Run, small
 
 
 def fedkd(*arguments: str) -> int:
@@ -160,3 +165,213 @@ def test_ctrl_c_is_exit_130_and_the_summary_says_stopped(
     summary = read_summary(next((tmp_path / "out" / "small").iterdir()))
     assert summary is not None
     assert summary["status"] == "stopped"
+
+
+# What clients keep
+
+
+@pytest.fixture
+def states(tmp_path: Path) -> Path:
+    """A state directory of two trainings, three clients."""
+    from tests.flower.test_store import STATE
+
+    for training, client in (("t1", "alice"), ("t1", "bob"), ("t2", "alice")):
+        ClientStore(tmp_path / "state", training, client).commit(STATE)
+    return tmp_path / "state"
+
+
+def kept(states: Path) -> set[str]:
+    found = states.glob("*/*") if states.exists() else ()
+    return {f"{path.parent.name}/{path.name}" for path in found if path.name != REFERENCES_DIR}
+
+
+def test_state_lists_what_clients_keep_and_deletes_nothing(states: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fedkd("state", str(states)) == 0
+    rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines() if line.strip().startswith("t")]
+    assert rows[1:] == [
+        [training, client, "4", "round", "5"] for training, client in (("t1", "alice"), ("t1", "bob"), ("t2", "alice"))
+    ]
+    assert kept(states) == {"t1/alice", "t1/bob", "t2/alice"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "left"),
+    [
+        ((), set()),
+        (("--training", "t1"), {"t2/alice"}),
+        (("--client", "alice"), {"t1/bob"}),
+        (("--training", "t1", "--client", "alice"), {"t1/bob", "t2/alice"}),
+    ],
+)
+def test_state_deletes_what_it_lists(
+    states: Path, chosen: tuple[str, ...], left: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fedkd("state", str(states), *chosen, "--delete") == 0
+    assert capsys.readouterr().out.count("deleted") == 3 - len(left)
+    assert kept(states) == left
+    assert {path.name for path in states.iterdir()} == {name.split("/")[0] for name in left}
+
+
+def test_a_damaged_state_is_shown_as_such(states: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (states / "t2" / "alice" / "state.safetensors").write_bytes(b"x")
+    assert fedkd("state", str(states), "--training", "t2") == 0
+    assert "damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(("absent",), "holds no client state"), (("state", "--client", "carol"), "holds no client state of that name")],
+)
+def test_nothing_to_list_is_one_line_and_exit_2(
+    states: Path, arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = states.parent / arguments[0]
+    assert fedkd("state", str(directory), *arguments[1:], "--delete") == 2
+    assert capsys.readouterr().err == f"fedkd: {str(directory)!r} {says}\n"
+    assert len(kept(states)) == 3
+
+
+def test_without_a_directory_state_looks_where_flower_keeps_it(states: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = states.parent / "home"
+    (home / "fedkd").mkdir(parents=True)
+    states.rename(home / "fedkd" / "state")
+    monkeypatch.setenv("FLWR_HOME", str(home))
+    assert fedkd("state", "--training", "t2", "--delete") == 0
+    assert kept(home / "fedkd" / "state") == {"t1/alice", "t1/bob"}
+
+
+def test_a_state_that_cannot_be_deleted_is_one_line(
+    states: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("shutil.rmtree", refused)
+    assert fedkd("state", str(states), "--delete") in (1, 2)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# Going on
+
+
+def begun(tmp_path: Path, status: str = "", stopped_early: str | None = None, *overrides: str) -> Path:
+    """A run directory of the small experiment, as far as `resume` looks before it starts anything."""
+    run_dir = tmp_path / "out" / "small" / "run"
+    run_dir.mkdir(parents=True)
+    (run_dir / CONFIG_FILE).write_text(small(*overrides).to_yaml())
+    if status:
+        summary = {"status": status, "num_rounds": 3, "stopped_early": stopped_early}
+        (run_dir / SUMMARY_FILE).write_text(json.dumps(summary))
+    return run_dir
+
+
+def resume_says(capsys: pytest.CaptureFixture[str], run_dir: Path, *arguments: str) -> str:
+    before = {path: path.read_bytes() for path in run_dir.iterdir()}
+    assert fedkd("resume", str(run_dir), "--in-process", *arguments) == 2
+    assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
+    said = capsys.readouterr().err
+    assert said.startswith("fedkd: ")
+    assert len(said.splitlines()) == 1
+    return said.removeprefix("fedkd: ").strip()
+
+
+def test_a_directory_that_holds_no_run_cannot_be_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = resume_says(capsys, tmp_path)
+    assert said == f"{str(tmp_path)!r} holds no config.yaml; give results/<experiment>/<run>"
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("seed=2", "seed"),
+        ("algorithm.temperature=3", "algorithm.temperature"),
+        ("algorithm.name=fedavg", "algorithm.name"),
+        ("server.aggregator.weighting=num_examples", "server.aggregator.weighting"),
+        ("server.aggregator.name=fedmedian", "server.aggregator.name"),
+        ("server.validation.max_norm_ratio=null", "server.validation.max_norm_ratio"),
+        ("task.partition={name: dirichlet, alpha: 1}", "task.partition.name"),
+    ],
+)
+def test_another_experiment_is_no_continuation_forced_or_not(
+    tmp_path: Path, change: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = begun(tmp_path)
+    expected = f"{key}: differs from the run in {str(run_dir)!r}, so it can't be resumed; start a new run"
+    assert resume_says(capsys, run_dir, "--set", change) == expected
+    assert resume_says(capsys, run_dir, "--set", change, "--set", "num_rounds=9", "--force") == expected
+
+
+def test_another_number_of_rounds_needs_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = begun(tmp_path)
+    said = resume_says(capsys, run_dir, "--set", "num_rounds=9")
+    assert said == f"num_rounds: differs from the run in {str(run_dir)!r}, so it can't be resumed; force it"
+
+
+@pytest.mark.parametrize("rounds", [("--set", "num_rounds=2", "--force"), ()])
+def test_a_completed_run_has_nothing_to_resume(
+    tmp_path: Path, rounds: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = begun(tmp_path, "completed")
+    assert resume_says(capsys, run_dir, *rounds) == f"{str(run_dir)!r} is completed; there is nothing to resume"
+
+
+@pytest.fixture
+def resumed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Rounds and force of every run that `resume` would have started."""
+    started: list[tuple[int, bool]] = []
+
+    def execute(experiment: object, run_dir: Path, in_process: bool, *, resume: bool, force: bool) -> None:
+        assert resume
+        started.append((experiment.num_rounds, force))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(cli, "_execute", execute)
+    monkeypatch.setattr(cli, "_show", lambda *_: None)
+    return started
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "output_dir=elsewhere",
+        "server.round_timeout_seconds=5",
+        "server.connect_timeout_seconds=5",
+        "server.min_available=1",
+        "server.keep_checkpoints=9",
+        "server.early_stop.target=0.5",
+    ],
+)
+@pytest.mark.parametrize("status", ["", "failed", "stopped", "unfinished"])
+def test_what_decides_nothing_may_change(
+    tmp_path: Path, status: str, change: str, resumed: list[tuple[int, bool]]
+) -> None:
+    assert fedkd("resume", str(begun(tmp_path, status)), "--set", change) == 0
+    assert resumed == [(3, False)]
+
+
+def test_a_completed_run_goes_on_for_more_rounds_when_forced(tmp_path: Path, resumed: list[tuple[int, bool]]) -> None:
+    assert fedkd("resume", str(begun(tmp_path, "completed")), "--set", "num_rounds=9", "--force") == 0
+    assert resumed == [(9, True)]
+
+
+def test_a_run_that_stopped_early_goes_on_without_the_reason_to_stop(
+    tmp_path: Path, resumed: list[tuple[int, bool]]
+) -> None:
+    run_dir = begun(tmp_path, "completed", "accuracy 0.6 is at least 0.5", "server.early_stop.target=0.5")
+    assert fedkd("resume", str(run_dir), "--set", "server.early_stop.target=null") == 0
+    assert resumed == [(3, False)]
+
+
+def test_a_damaged_summary_is_written_again(tmp_path: Path) -> None:
+    run_dir = begun(tmp_path)
+    (run_dir / SUMMARY_FILE).write_text("{")
+    assert fedkd("resume", str(run_dir), "--in-process") == 0
+    assert read_summary(run_dir)["status"] == "completed"  # type: ignore[index]
+
+
+def test_a_run_that_is_still_going_on_is_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = begun(tmp_path)
+    with (run_dir / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert fedkd("resume", str(run_dir), "--in-process") == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == f"fedkd: {str(run_dir)!r} is in use by a run that is still going on"

@@ -291,3 +291,95 @@ def test_an_optimizer_is_swapped_by_its_name_and_keeps_its_options() -> None:
 def test_a_key_that_stands_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="config is not YAML: key 'seed' stands twice in one mapping"):
         parse(BASE + "seed: 1\nseed: 2\n")
+
+
+# Options of the server
+
+SINGLE = "the aggregate of one reply is that client's update; set allow_single_reply to true to permit it"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        (
+            ("server.min_replies=1",),
+            f"server: min_replies must be at least 2, got 1: {SINGLE}",
+        ),
+        (("server.min_replies=0",), "server.min_replies: must be greater than or equal to 1, got 0"),
+        (
+            ("server.num_train=2", "server.fraction_train=0.5"),
+            "server: give either fraction_train or num_train, got both",
+        ),
+        (("server.num_train=5",), "server.num_train must be at most num_clients, 4, got 5"),
+        (("server.num_train=0",), "server.num_train: must be greater than or equal to 1, got 0"),
+        (("server.num_train=1",), "server.min_replies must be at most the 1 clients that train in a round, got 2"),
+        (("server.fraction_train=0",), "server.fraction_train: must be greater than 0, got 0"),
+        (("server.min_available=5",), "server.min_available must be at most num_clients, 4, got 5"),
+        (
+            ("server.aggregator.name=krum",),
+            "server.aggregator: krum needs 5 clients in a round, 4 train; sample more or lower num_malicious_nodes",
+        ),
+        (("server.aggregator.name=multikrum",), "server.aggregator: multikrum needs 5 clients in a round, 4 train"),
+        (("server.aggregator.name=bulyan",), "server.aggregator: bulyan needs 7 clients in a round, 4 train"),
+        (
+            ("num_clients=9", "server.num_train=4", "server.aggregator.name=krum"),
+            "server.aggregator: krum needs 5 clients in a round, 4 train",
+        ),
+        (("server.aggregator={name: fedtrimmedavg, beta: 0.5}",), "server.aggregator.beta: must be less than 0.5"),
+        (("server.aggregator={name: fedavgm, eta: 0}",), "server.aggregator.eta: must be greater than 0, got 0"),
+        (
+            ("server.aggregator={name: fedavgm, eta: 1, momentum: 1}",),
+            "server.aggregator.momentum: must be less than 1",
+        ),
+        (("server.aggregator={name: fedadam, eta: 1, tau: 0}",), "server.aggregator.tau: must be greater than 0"),
+        (("server.validation.max_norm_ratio=1",), "server.validation.max_norm_ratio: must be greater than 1, got 1"),
+        (
+            ("server.validation.excess_norm=drop",),
+            "server.validation.excess_norm: must be 'reject' or 'clip', got 'drop'",
+        ),
+        (
+            ("server.validation.max_examples_ratio=.inf",),
+            "server.validation.max_examples_ratio: must be a finite number",
+        ),
+        (("server.early_stop.max_wire_bytes=0",), "server.early_stop.max_wire_bytes: must be greater than 0, got 0"),
+        (("server.early_stop.metric=''",), "server.early_stop.metric: must be text that is not empty, got ''"),
+        (("server.num_attempts=11",), "server.num_attempts: must be less than or equal to 10, got 11"),
+        (("server.keep_checkpoints=0",), "server.keep_checkpoints: must be greater than or equal to 1, got 0"),
+        (
+            ("server.max_resyncs_per_round=-1",),
+            "server.max_resyncs_per_round: must be greater than or equal to 0, got -1",
+        ),
+        (
+            ("server.early_stop.targets=1",),
+            "server.early_stop.targets: unknown key; allowed: metric, target, max_wire_bytes",
+        ),
+    ],
+)
+def test_a_server_that_cannot_work_so_is_refused_by_its_key(overrides: tuple[str, ...], start: str) -> None:
+    message = message_of(BASE, *overrides)
+    assert message.startswith(start)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sampled"),
+    [
+        (("server.num_train=3",), 3),
+        (("server.num_train=4",), 4),
+        (("server.num_train=2", "server.fraction_train=1.0"), 2),
+        (("server.num_train=1", *ONE_REPLY), 1),
+        (("server.min_available=4", "server.fraction_train=0.5"), 2),
+        (("server.aggregator.name=krum", "server.aggregator.num_malicious_nodes=0"), 4),
+        (("num_clients=5", "server.aggregator.name=krum"), 5),
+        (("num_clients=7", "server.aggregator.name=bulyan"), 7),
+    ],
+)
+def test_a_server_that_can_work_so_is_accepted(overrides: tuple[str, ...], sampled: int) -> None:
+    experiment = parse(BASE, overrides)
+    assert experiment.num_sampled == sampled
+    assert parse(experiment.to_yaml()) == experiment
+
+
+def test_options_of_an_aggregator_without_a_name_are_those_of_the_mean() -> None:
+    aggregator = parse(BASE, ["server.aggregator={weighting: num_examples}"]).server.aggregator
+    assert aggregator.model_dump() == {"name": "fedavg", "weighting": "num_examples"}

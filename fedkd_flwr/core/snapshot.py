@@ -1,7 +1,8 @@
 """Every shared array in full, as one byte string: for a client that can't be brought up to date by payloads.
 
-Little-endian: magic "FKS", format version u8, 8 bytes of a digest over names, shapes and dtypes, then the values in
-name order. Both ends know the template, so nothing in it is trusted but numbers.
+Little-endian: magic "FKS", format version u8, 8 bytes of a digest over names, shapes and dtypes, 8 bytes of a digest
+over the values, then the values in name order. Both ends know the template, so nothing in it is trusted but numbers;
+and a damaged one is refused, because whoever took it would differ from all others without knowing.
 """
 
 import hashlib
@@ -10,8 +11,10 @@ import numpy as np
 
 from fedkd_flwr.core.arrays import Array, Arrays
 
-_MAGIC = b"FKS\x01"
-_HEADER_BYTES = len(_MAGIC) + 8
+_MAGIC = b"FKS\x02"
+_DIGEST_BYTES = 8
+_VALUES_DIGEST = len(_MAGIC) + _DIGEST_BYTES
+_HEADER_BYTES = _VALUES_DIGEST + _DIGEST_BYTES
 
 
 class SnapshotError(ValueError):
@@ -25,8 +28,8 @@ def snapshot_bytes(template: Arrays) -> int:
 
 def pack_snapshot(arrays: Arrays) -> bytes:
     """Write all arrays."""
-    values = [_little_endian(arrays[name]).tobytes() for name in sorted(arrays)]
-    return b"".join([_MAGIC, _template_digest(arrays), *values])
+    values = b"".join(_little_endian(arrays[name]).tobytes() for name in sorted(arrays))
+    return _MAGIC + _template_digest(arrays) + _digest(values) + values
 
 
 def unpack_snapshot(data: bytes, template: Arrays) -> dict[str, Array]:
@@ -35,10 +38,12 @@ def unpack_snapshot(data: bytes, template: Arrays) -> dict[str, Array]:
     Raises:
         SnapshotError: for anything else, a number that is not finite included.
     """
-    if not data.startswith(_MAGIC) or data[len(_MAGIC) : _HEADER_BYTES] != _template_digest(template):
+    if not data.startswith(_MAGIC) or data[len(_MAGIC) : _VALUES_DIGEST] != _template_digest(template):
         raise SnapshotError("snapshot is of another model; both ends need the same experiment")
     if len(data) != snapshot_bytes(template):
         raise SnapshotError(f"snapshot must have {snapshot_bytes(template)} bytes, got {len(data)}")
+    if data[_VALUES_DIGEST:_HEADER_BYTES] != _digest(data[_HEADER_BYTES:]):
+        raise SnapshotError("snapshot is damaged: the digest of its values differs")
     arrays: dict[str, Array] = {}
     offset = _HEADER_BYTES
     for name in sorted(template):
@@ -58,4 +63,8 @@ def _little_endian(value: Array) -> Array:
 
 def _template_digest(template: Arrays) -> bytes:
     lines = [f"{name}:{template[name].shape}:{template[name].dtype.newbyteorder('<').str}" for name in sorted(template)]
-    return hashlib.sha256("\n".join(lines).encode()).digest()[:8]
+    return _digest("\n".join(lines).encode())
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:_DIGEST_BYTES]

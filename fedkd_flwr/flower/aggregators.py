@@ -5,7 +5,10 @@ strategy, wrapped: it is shown zeros as the current model and the updates as wha
 would change what Krum chooses; a strategy also holds every update of a round at once, which the mean does not.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import gc
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -43,6 +46,7 @@ from fedkd_flwr.server_options import (
     RobustSelection,
 )
 
+_flower_log = logging.getLogger("flwr")
 _ARRAYS, _METRICS = "arrays", "metrics"
 _NUM_EXAMPLES, _TRAIN_LOSS = "num-examples", "train_loss"
 _FIRST_MOMENT, _SECOND_MOMENT = "first moment/", "second moment/"
@@ -138,22 +142,25 @@ class FlowerStrategy:
 
     def add(self, upload: Arrays, num_examples: int, loss: float | None) -> None:
         """Keep one upload."""
-        if loss is None and self._needs_loss:
-            raise MessageError(f"its reply has no {_TRAIN_LOSS}, which this aggregator weighs by")
+        if self._needs_loss and (loss is None or loss < 0):
+            raise MessageError(f"{_TRAIN_LOSS}, which this aggregator weighs by, must be at least 0, got {loss}")
         self._uploads.append((upload, 1 if self._uniform else num_examples, loss or 0.0))
 
     def result(self) -> Arrays | None:
-        """What the strategy makes of the uploads."""
+        """What the strategy makes of the uploads. It writes Flower messages, so only a process that may can do it."""
+        if not self._uploads:
+            raise ValueError("the aggregate of no uploads is undefined; add at least one")
         strategy: Any = self._make(len(self._uploads))
         template = self._uploads[0][0]
         _restore(strategy, self._state, list(template))
         zeros = {name: np.zeros_like(value) for name, value in template.items()}
-        # The public way to tell a strategy the current model; the messages it writes are not needed.
-        strategy.configure_train(self._server_round, _record(zeros), ConfigRecord(), cast(Grid, _Seats()))
         replies = [_reply(*upload) for upload in self._uploads]
         self._uploads = []
         try:
-            arrays, _ = strategy.aggregate_train(self._server_round, replies)
+            with _undisturbed():
+                # The public way to tell a strategy the current model; the messages it writes are not needed.
+                strategy.configure_train(self._server_round, _record(zeros), ConfigRecord(), cast(Grid, _Seats()))
+                arrays, _ = strategy.aggregate_train(self._server_round, replies)
         except Exception as error:  # Flower's strategies raise kinds of their own, and numpy's
             raise ValueError(f"{type(strategy).__name__}: {error}") from error
         if arrays is None:
@@ -168,6 +175,19 @@ class FlowerStrategy:
     def restore(self, state: Arrays) -> None:
         """Go on with these moments."""
         self._state = state
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep a strategy from logging that it sampled one node, and from searching all memory at every upload."""
+    level = _flower_log.level
+    _flower_log.setLevel(logging.WARNING)
+    gc.freeze()  # Flower collects garbage whenever it reads a record: a quarter of a second, with torch loaded
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        _flower_log.setLevel(level)
 
 
 class _Seats:

@@ -3,10 +3,12 @@
 The file is safetensors: arrays in its body, the facts as JSON in its header with a checksum over both. No pickle.
 """
 
+import errno
 import json
 import os
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from safetensors.numpy import save_file
 
 from fedkd_flwr.core.arrays import Array, Arrays
 
+_SAFETENSORS_PARTIAL = ".tmp*"  # where the library itself writes first
 _FORMAT, _FACTS, _CHECKSUM = "format", "facts", "crc32"
 
 
@@ -40,36 +43,42 @@ class Archive:
 def write_archive(path: Path, kind: str, archive: Archive) -> None:
     """Replace a file by this archive; after a crash at any moment the old one or the new one is there, whole.
 
+    One process at a time writes into a folder; what an earlier one left unfinished there is cleared away.
+
     Args:
         path: the file.
         kind: format and version; `read_archive` asks for the same.
         archive: what to write.
 
     Raises:
-        ArchiveError: if the disk refuses. The old file is as it was.
+        ArchiveError: if the disk refuses.
     """
     facts = json.dumps(archive.facts)
-    # ascontiguousarray gives a scalar an axis
-    arrays = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in archive.arrays.items()}
+    arrays = {name: _as_stored(value) for name, value in archive.arrays.items()}
     header = {_FORMAT: kind, _FACTS: facts, _CHECKSUM: str(_checksum(facts, arrays))}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.partial")
     try:
+        for unfinished in (*path.parent.glob(_SAFETENSORS_PARTIAL), partial):
+            unfinished.unlink(missing_ok=True)
         save_file(arrays, partial, metadata=header)
         make_durable(partial)
         os.replace(partial, path)
         make_durable(path.parent)  # the rename itself
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise ArchiveError(f"{path.name} can't be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def read_archive(path: Path, kind: str) -> Archive:
     """Read what `write_archive` wrote.
 
     Raises:
-        FileNotFoundError: if there is none.
+        OSError: if it can't be opened; `FileNotFoundError` where there is none.
         ArchiveError: if it is damaged or of another format.
     """
+    path.open("rb").close()  # safetensors says "not found" of whatever it can't open
     try:
         with safe_open(path, framework="np") as file:
             header = _header(file.metadata(), kind)
@@ -78,20 +87,17 @@ def read_archive(path: Path, kind: str) -> Archive:
         if int(header[_CHECKSUM]) != _checksum(facts, arrays):
             raise ArchiveError(f"{path.name} is damaged: its checksum differs")
         return Archive(json.loads(facts), arrays)
-    except FileNotFoundError:
-        raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ArchiveError(f"{path.name} is damaged: {error}") from error
 
 
 def read_facts(path: Path, kind: str) -> dict[str, Any]:
     """The facts alone, without reading arrays or comparing the checksum. Raises as `read_archive` does."""
+    path.open("rb").close()
     try:
         with safe_open(path, framework="np") as file:
             facts: dict[str, Any] = json.loads(_header(file.metadata(), kind)[_FACTS])
             return facts
-    except FileNotFoundError:
-        raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ArchiveError(f"{path.name} is damaged: {error}") from error
 
@@ -101,6 +107,9 @@ def make_durable(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some file systems know no such thing
+            raise
     finally:
         os.close(descriptor)
 
@@ -110,6 +119,11 @@ def _header(header: Mapping[str, str] | None, kind: str) -> Mapping[str, str]:
     if header is None or found != kind:
         raise ArchiveError(f"format must be {kind!r}, got {found!r}")
     return header
+
+
+def _as_stored(value: Array) -> Array:
+    """Contiguous and little-endian; ascontiguousarray alone gives a scalar an axis."""
+    return np.ascontiguousarray(value, value.dtype.newbyteorder("<")).reshape(value.shape)
 
 
 def _checksum(facts: str, arrays: Mapping[str, Array]) -> int:

@@ -85,7 +85,7 @@ class Checkpoints:
         for path in paths:
             try:
                 return _checkpoint(read_archive(path, FORMAT))
-            except (ArchiveError, KeyError) as error:
+            except (ArchiveError, OSError, KeyError) as error:
                 _log.warning("%s; trying the one before", error)
         if paths:
             raise RunError(f"no checkpoint in {str(self.directory)!r} can be read")

@@ -23,6 +23,7 @@ from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.flower.aggregators import build_aggregator
 from fedkd_flwr.flower.archive import Archive
 from fedkd_flwr.flower.checkpoint import Checkpoint, Checkpoints
+from fedkd_flwr.flower.early_stop import reason_to_stop
 from fedkd_flwr.flower.errors import MessageError, RunError
 from fedkd_flwr.flower.mailbox import Mailbox
 from fedkd_flwr.flower.merger import Merger
@@ -160,7 +161,9 @@ class Exchange(Strategy):
     ) -> list[Message]:
         """Bring every client to the last version and let it score."""
         self._round = self._new_round(server_round)
-        return self._instruct(self._reception.gather(grid, self._round, len(self._roster.all())), EVALUATE, attempt=1)
+        return self._instruct(
+            self._reception.gather(grid, self._round, len(self._roster.all()), present=True), EVALUATE, attempt=1
+        )
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Take the final scores."""
@@ -176,7 +179,7 @@ class Exchange(Strategy):
             f"start as many SuperNodes (in simulation: --federation-config 'num-supernodes={num_clients}'), or lower "
             f"{'server.min_available' if self._options.min_available else 'num_clients'}"
         )
-        self._reception.require(grid, self._round, wanted, remedy)
+        self._reception.require(grid, self._round, wanted, remedy, present=True)
 
     def _train(self, grid: Grid, number: int) -> None:
         """One round. A client whose reply failed is asked again, as often as allowed, in what is left of the time."""
@@ -205,20 +208,7 @@ class Exchange(Strategy):
         return sorted(rng.sample(seats, wanted), key=lambda seat: seat.client_key)
 
     def _reason_to_stop(self) -> str:
-        """Why no further round is needed; empty where one is."""
-        wish, row = self._options.early_stop, self._row
-        scores = row["metrics"]["shared_global"] or {}
-        if wish.target is not None:
-            if wish.metric not in scores:
-                raise RunError(
-                    f"server.early_stop.metric must be one of {', '.join(scores) or 'none here'}, got {wish.metric!r}"
-                )
-            if (score := scores[wish.metric]) is not None and score >= wish.target:
-                return f"{wish.metric} {score:.4g} is at least {wish.target:g}"
-        moved = self._ledger.wire_bytes
-        if wish.max_wire_bytes is not None and moved + row["wire_bytes"] > wish.max_wire_bytes:
-            return f"{moved} bytes moved, another round would bring them above {wish.max_wire_bytes}"
-        return ""
+        return reason_to_stop(self._options.early_stop, self._row, self._ledger.wire_bytes)
 
     # Messages
 
@@ -278,12 +268,14 @@ class Exchange(Strategy):
                 self._reject(client_key, getattr(error, "kind", "malformed"), reason_of(error))
                 continue
             self._roster.replied(client_key, reply.version, current.number)
+            if not self._asked_seat(client_key).needs_resync:
+                self._resyncs.kept(client_key)
             current.spent(reply.seconds)
             current.accepted[client_key] = reply
 
     def _check(self, reply: Reply, client_key: str, attempt: int) -> None:
         current = self._round
-        known = next(seat for seat in current.seats.values() if seat.client_key == client_key)
+        known = self._asked_seat(client_key)
         if (reply.server_round, reply.attempt, reply.version) != (current.number, attempt, current.version):
             raise MessageError(
                 f"the reply is of round {reply.server_round}, attempt {reply.attempt}, version {reply.version}", "stale"
@@ -295,6 +287,10 @@ class Exchange(Strategy):
         trains = current.number <= self._num_rounds
         if (reply.payload is not None) != (trains and self._merger is not None):
             raise MessageError("a reply has a payload where, and only where, the algorithm exchanges something")
+
+    def _asked_seat(self, client_key: str) -> Seat:
+        """What was known of a client when it was written to."""
+        return next(seat for seat in self._round.seats.values() if seat.client_key == client_key)
 
     def _reject(self, client_key: str, kind: str, reason: str) -> None:
         """A reply that does not count; what its client holds is uncertain from here on."""
@@ -388,6 +384,7 @@ class Exchange(Strategy):
             "train": weighted_scores((r.train, r.num_examples) for r in replies),
             "sampled": current.sampled,
             "clients": sorted(current.accepted),
+            "num_clipped": current.num_clipped,
             "rejected": [asdict(rejection) for rejection in current.rejected],
             "seconds": current.seconds,
         }

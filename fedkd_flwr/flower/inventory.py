@@ -7,7 +7,9 @@ from datetime import datetime
 from pathlib import Path
 
 from fedkd_flwr.flower.archive import ArchiveError, read_facts
-from fedkd_flwr.flower.store import FORMAT, REFERENCES_DIR, STATE_FILE
+from fedkd_flwr.flower.store import DAMAGED_SUFFIX, FORMAT, PREVIOUS_FILE, REFERENCES_DIR, STATE_FILE
+
+_OURS = (STATE_FILE, PREVIOUS_FILE, f"*{DAMAGED_SUFFIX}", "reference-*.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +35,27 @@ class Kept:
     changed: datetime
 
 
-def kept_states(state_dir: Path) -> Iterator[Kept]:
-    """States below a state directory, or below that of a run, by training and client."""
-    for path in sorted(state_dir.glob(f"*/*/{STATE_FILE}")):
-        directory = path.parent
-        version, replied_round = None, 0
-        try:
-            facts = read_facts(path, FORMAT)
-            version = facts["version"]
-            replied_round = facts["last_reply"]["server_round"] if facts["last_reply"] else 0
-        except ArchiveError:
-            pass  # shown as it is: a state that can't be read
-        num_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-        changed = datetime.fromtimestamp(path.stat().st_mtime)
-        yield Kept(directory.parent.name, directory.name, directory, version, replied_round, num_bytes, changed)
+def kept_states(directory: Path) -> Iterator[Kept]:
+    """States below a state directory, or in a run directory, by training and client."""
+    state_dir = directory / "state" if (directory / "state").is_dir() else directory
+    for client in sorted(state_dir.glob("*/*")):
+        # Nothing is listed, and so nothing deleted, that does not look like a client's.
+        if client.is_dir() and any(next(client.glob(pattern), None) for pattern in _OURS):
+            yield _kept(client)
+
+
+def _kept(directory: Path) -> Kept:
+    path = directory / STATE_FILE
+    version, replied_round = None, 0
+    try:
+        facts = read_facts(path, FORMAT)
+        version = facts["version"]
+        replied_round = facts["last_reply"]["server_round"] if facts["last_reply"] else 0
+    except (OSError, ArchiveError):
+        pass  # shown as it is: a state that can't be read
+    num_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    changed = datetime.fromtimestamp((path if path.exists() else directory).stat().st_mtime)
+    return Kept(directory.parent.name, directory.name, directory, version, replied_round, num_bytes, changed)
 
 
 def delete_state(kept: Kept) -> None:

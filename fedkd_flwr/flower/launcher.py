@@ -56,12 +56,14 @@ def launch(
         The run directory.
 
     Raises:
-        ConfigError: if `app_dir` is no app.
+        ConfigError: if `app_dir` is no app, or the run directory has another name than <experiment name>/<run name>.
         RunError: if the run did not complete; with the reason.
         KeyboardInterrupt: on Ctrl-C, after the run was stopped.
     """
     if missing := [name for name in ("pyproject.toml", *APP_FILES) if not (app_dir / name).is_file()]:
         raise ConfigError(f"{app_dir} is no Flower app: {missing[0]} is missing; run from a clone, or --in-process")
+    if run_dir.parent.name != experiment.name:
+        raise ConfigError(f"{str(run_dir)!r} must lie in a folder named {experiment.name!r}, as the run is")
     with tempfile.TemporaryDirectory(prefix="fedkd-", ignore_cleanup_errors=True) as home:
         flower = _Flower(Path(home))
         with flower.superlink():

@@ -59,14 +59,15 @@ class Merger:
                 current.timed("decode", started)
                 started = perf_counter()
                 parameters = self._bound.admit(self._parameters(upload))
+                self._aggregator.add(parameters, reply.num_examples, reply.train.get(_LOSS))
             except Exception as error:  # one bad payload costs one reply, whatever is wrong with it
                 reject(client_key, getattr(error, "kind", "payload"), reason_of(error))
                 del current.accepted[client_key]
                 continue
-            self._aggregator.add(parameters, reply.num_examples, reply.train.get(_LOSS))
             self._buffers.add({name: upload[name] for name in self._buffer_names}, 1.0)
             self._next_states[client_key] = state
             current.timed("aggregate", started)
+        current.num_clipped = self._bound.num_clipped
         return len(self._next_states)
 
     def result(self) -> dict[str, Array]:

@@ -62,10 +62,16 @@ class Reception:
         self._disbelieved: dict[str, str] = {}
         self._first_failure = ""
 
-    def gather(self, grid: Grid, current: Round, wanted: int) -> list[Seat]:
+    def gather(self, grid: Grid, current: Round, wanted: int, *, present: bool = False) -> list[Seat]:
         """Clients that are free to work, once there are so many; fewer when the connect timeout is over.
 
         Gives up at once where enough nodes are connected and too many of them can't say who they are.
+
+        Args:
+            grid: Flower's.
+            current: the round.
+            wanted: how many.
+            present: count those too that are there and will not be asked, because they are not believed.
         """
         deadline = monotonic() + self._options.connect_timeout_seconds
         pause = _FIRST_PAUSE_SECONDS
@@ -73,19 +79,20 @@ class Reception:
             live = self._greet(grid, current)
             seats = self._free(grid, current)
             num_hopeful = sum(self._failed[node] < _HOPELESS_HELLOS for node in live)
-            if len(seats) >= wanted or num_hopeful < wanted <= len(live) or monotonic() >= deadline:
+            num_found = len(seats) + (len(self._disbelieved) if present else 0)
+            if num_found >= wanted or num_hopeful < wanted <= len(live) or monotonic() >= deadline:
                 return seats
             sleep(min(pause, max(0.0, deadline - monotonic())))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    def require(self, grid: Grid, current: Round, wanted: int, remedy: str) -> list[Seat]:
-        """Clients that are free to work, at least so many.
+    def require(self, grid: Grid, current: Round, wanted: int, remedy: str, *, present: bool = False) -> list[Seat]:
+        """Clients that are free to work, at least so many. Arguments as of `gather`, and what to do about it.
 
         Raises:
             RunError: if they are not there within the connect timeout.
         """
-        seats = self.gather(grid, current, wanted)
-        if len(seats) < wanted:
+        seats = self.gather(grid, current, wanted, present=present)
+        if len(seats) + (len(self._disbelieved) if present else 0) < wanted:
             because = f"; first reason: {self._first_failure}" if self._first_failure else ""
             raise RunError(
                 f"round {current.number}: {wanted} clients wanted, {len(seats)} connected within "

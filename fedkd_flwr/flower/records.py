@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import TypeVar
+from zlib import crc32
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -259,6 +260,7 @@ class Reply:
         content = RecordDict({"metrics": metrics})
         if self.payload is not None:
             content["arrays"] = _arrays(self.payload)
+            metrics["checksum"] = crc32(self.payload)
         return content
 
     @classmethod
@@ -275,6 +277,9 @@ class Reply:
         metrics = dict(record)
         if _take(metrics, "lineage", int) != short_lineage(lineage):
             raise MessageError("the client works from another lineage than the server", kind="stale")
+        payload = _payload(content)
+        if payload is not None and _take(metrics, "checksum", int) != crc32(payload):
+            raise MessageError("payload is damaged: its checksum differs", kind="payload")
         groups = _read_groups(metrics)
         counts = {key: _count(metrics, key) for key in ("num-examples", "num-test-examples")}
         return cls(
@@ -284,7 +289,7 @@ class Reply:
             lineage=lineage,
             num_examples=counts["num-examples"],
             num_test_examples=counts["num-test-examples"],
-            payload=_payload(content),
+            payload=payload,
             shared=groups["s"],
             private=groups["p"],
             train=groups["t"],

@@ -1,7 +1,8 @@
 """How often a client may be sent again what it was sent before.
 
 A small request for a full model must not be able to drain the server's uplink: a client that keeps forgetting waits
-twice as long each time, and only a few are served in one round.
+twice as long each time, and only a few are served in one round. Only good replies in rounds in which it had forgotten
+nothing are to its credit.
 """
 
 from collections.abc import Sequence
@@ -37,9 +38,14 @@ class Resyncs:
 
     def served(self, client_key: str, server_round: int) -> None:
         """A client is being sent again what it was sent before."""
-        times, last = self._served.get(client_key, (0, 0))
-        forgiven = server_round - last > _LONGEST_WAIT_ROUNDS
-        self._served[client_key] = (1 if forgiven else times + 1, server_round)
+        times, _ = self._served.get(client_key, (0, 0))
+        self._served[client_key] = (times + 1, server_round)
+
+    def kept(self, client_key: str) -> None:
+        """A client has given a good reply without being sent anything again: one time is forgiven."""
+        times, last = self._served.pop(client_key, (0, 0))
+        if times > 1:
+            self._served[client_key] = (times - 1, last)
 
     def _waited(self, client_key: str, server_round: int) -> bool:
         times, last = self._served.get(client_key, (0, 0))

@@ -41,6 +41,7 @@ class Round:
         sampled: their names, as first chosen.
         accepted: good replies, by client key.
         rejected: every other outcome.
+        num_clipped: accepted updates that were scaled down to what is believed.
         seconds: by name, summed over clients and server.
         payload_bytes: of the broadcast.
     """
@@ -54,6 +55,7 @@ class Round:
     seats: dict[int, Seat] = field(default_factory=dict)
     sampled: list[str] = field(default_factory=list)
     accepted: dict[str, Reply] = field(default_factory=dict)
+    num_clipped: int = 0
     rejected: list[Rejection] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     payload_bytes: int = 0

@@ -45,15 +45,16 @@ def runtime_of(experiment: Experiment) -> Runtime:
         ConfigError: if it can't be built.
     """
     torch.set_num_threads(1)
-    threadpool_limits(1)
     return _built(experiment.to_yaml())
 
 
 @lru_cache(maxsize=1)
 def _built(text: str) -> Runtime:
+    threadpool_limits(1)
     experiment = parse(text)
     task = experiment.build_task()
     algorithm = experiment.build_algorithm(task)
     initial = algorithm.shared.initial()
     wires = algorithm.shared.wires(experiment.compressor.build)
+    threadpool_limits(1)  # once more, for libraries that were loaded meanwhile; it looks through all of them
     return Runtime(experiment, task, algorithm, wires, initial, initial_lineage(initial))

@@ -62,7 +62,9 @@ def serve(grid: Grid, settings: ServerSettings, listener: Listener | None = None
             check_resumable(settings)
         elif (run_dir / LEDGER_FILE).exists():
             raise RunError(f"{str(run_dir)!r} holds a run already; resume it, or give another run-name")
-        (run_dir / CONFIG_FILE).write_text(settings.experiment.to_yaml(), encoding="utf-8")
+        partial = run_dir / f".{CONFIG_FILE}.partial"
+        partial.write_text(settings.experiment.to_yaml(), encoding="utf-8")
+        partial.replace(run_dir / CONFIG_FILE)
         _run(grid, runtime, settings, Ledger(run_dir, listener))
     return run_dir
 
@@ -123,8 +125,12 @@ def check_resumable(settings: ServerSettings) -> None:
     if differing:
         remedy = "force it" if differing == "num_rounds" else "start a new run"
         raise ConfigError(f"{differing}: differs from the run in {str(run_dir)!r}, so it can't be resumed; {remedy}")
-    summary = read_summary(run_dir)
-    if summary and summary["status"] == "completed" and experiment.num_rounds <= summary["num_rounds"]:
+    try:
+        summary = read_summary(run_dir) or {}
+    except ValueError:  # damaged; the ledger has it all
+        summary = {}
+    finished = summary.get("status") == "completed" and not summary.get("stopped_early")
+    if finished and experiment.num_rounds <= summary["num_rounds"]:
         raise ConfigError(f"{str(run_dir)!r} is completed; there is nothing to resume")
 
 

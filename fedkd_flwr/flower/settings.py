@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 import fedkd_flwr
@@ -125,11 +126,17 @@ def _experiment(run_config: UserConfig, app_dir: Path) -> Experiment:
     except ValueError as error:
         raise ConfigError(f"run config: set can't be split into overrides: {error}") from None
     if text := str(run_config.get("config-text", "")):
-        return parse(text, overrides, source="config-text")
+        return _parsed(text, tuple(overrides))
     path = str(run_config.get("config", ""))
     if not path:
         raise ConfigError("run config: config must be the path of a YAML file in the app, got nothing")
     return load(app_dir / path, overrides)
+
+
+@lru_cache(maxsize=1)
+def _parsed(text: str, overrides: tuple[str, ...]) -> Experiment:
+    """An experiment from its text, read once in a process that gets many messages of it."""
+    return parse(text, overrides, source="config-text")
 
 
 def _check_code(expected: str, app_dir: Path) -> None:

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from fedkd_flwr.flower.errors import StateError
 from fedkd_flwr.flower.reference import DECODER, SHARED, snapshot_arrays
 
 STATE_FILE = "state.safetensors"
+DAMAGED_SUFFIX = ".damaged"
 PREVIOUS_FILE = "previous.safetensors"
 REFERENCES_DIR = "references"
 FORMAT = "fedkd client state 2"
@@ -150,36 +151,54 @@ class ClientStore:
         version is `UNKNOWN_VERSION`. Where only the shared arrays are damaged, codec states are kept too.
 
         Raises:
-            StateError: if it is the state of another training.
+            StateError: if it is the state of another training, or the disk can't be read.
         """
         path = self.directory / STATE_FILE
         with self._locked():
             try:
                 archive = read_archive(path, FORMAT)
             except FileNotFoundError:
-                return None
+                return self._salvage()
+            except OSError as error:
+                raise StateError(f"client state can't be read: {error}") from error
             except ArchiveError as error:
                 _log.warning("client %s: %s", self.directory.name, error)
-                os.replace(path, path.with_suffix(".damaged"))
+                self._set_aside(path)
                 return self._salvage()
             if (found := archive.facts["training_id"]) != self._training_id:
                 raise StateError(f"{str(path)!r} is of training {found}, not of {self._training_id}; delete it")
             state = _state(archive)
+            own = self._reference(state.lineage)
             try:
-                reference = read_archive(self._reference(state.lineage), REFERENCE_FORMAT).arrays
-            except (FileNotFoundError, ArchiveError) as error:
+                reference = read_archive(own, REFERENCE_FORMAT).arrays
+            except (OSError, ArchiveError) as error:
                 _log.warning("client %s: %s", self.directory.name, error)
-                for copy in (self._reference(state.lineage), self._pooled(state.lineage)):
-                    copy.unlink(missing_ok=True)  # or it would be linked again
+                self._drop_reference(own)  # or it would be linked again
                 return replace(state, version=UNKNOWN_VERSION)
         return replace(state, shared=without_prefix(SHARED, reference), downlink=without_prefix(DECODER, reference))
 
     def _salvage(self) -> ClientState | None:
+        """The private arrays of the generation before. Found again and again until a commit has made them current."""
         try:
-            previous = _state(read_archive(self.directory / PREVIOUS_FILE, FORMAT))
-        except (FileNotFoundError, ArchiveError):
+            archive = read_archive(self.directory / PREVIOUS_FILE, FORMAT)
+        except (OSError, ArchiveError):
             return None
-        return ClientState(UNKNOWN_VERSION, bytes(32), {}, previous.private, {}, {}, {})
+        if archive.facts["training_id"] != self._training_id:
+            return None
+        return ClientState(UNKNOWN_VERSION, bytes(32), {}, _state(archive).private, {}, {}, {})
+
+    def _set_aside(self, path: Path) -> None:
+        try:
+            os.replace(path, path.with_suffix(DAMAGED_SUFFIX))
+        except OSError as error:
+            raise StateError(f"damaged client state can't be set aside: {error}") from error
+
+    def _drop_reference(self, own: Path) -> None:
+        pooled = self._references / own.name.removeprefix("reference-")
+        with suppress(OSError):
+            if own.exists() and pooled.exists() and own.samefile(pooled):
+                pooled.unlink()
+            own.unlink(missing_ok=True)
 
     def commit(self, state: ClientState) -> ClientState:
         """Replace the state on disk by this one, made from the one with its generation.
@@ -211,6 +230,8 @@ class ClientStore:
             return int(read_facts(self.directory / STATE_FILE, FORMAT)["generation"])
         except (FileNotFoundError, ArchiveError):
             return 0
+        except OSError as error:
+            raise StateError(f"client state can't be read: {error}") from error
 
     # Shared arrays, once on this machine for each version
 
@@ -258,7 +279,7 @@ class ClientStore:
 
 def _link(source: Path, target: Path) -> None:
     """Let `target` be the same file as `source`, in one step; a copy where the disk knows no links."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f"{target.name}.link")
     partial.unlink(missing_ok=True)
     try:
         os.link(source, partial)

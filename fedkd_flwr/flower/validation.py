@@ -29,10 +29,12 @@ class NormBound:
     Attributes:
         ratio: the multiple; None for no bound.
         excess: what becomes of a longer one.
+        num_clipped: of this round's updates.
     """
 
     ratio: float | None
     excess: Literal["reject", "clip"]
+    num_clipped: int = 0
     _norms: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_NORMS))
     _limit: float | None = None
 
@@ -47,6 +49,7 @@ class NormBound:
         Args:
             norms: of the round's own updates, where `needs_norms`.
         """
+        self.num_clipped = 0
         known = [*self._norms, *(norm for norm in norms if np.isfinite(norm))]
         usual = median(known) if len(known) >= _FEWEST else 0.0
         self._limit = self.ratio * usual if self.ratio is not None and usual > 0 else None
@@ -68,6 +71,7 @@ class NormBound:
                 kind="norm",
             )
         self._norms.append(self._limit)
+        self.num_clipped += 1
         scale = np.float32(self._limit / norm)
         return {name: np.asarray(value * scale) for name, value in update.items()}
 

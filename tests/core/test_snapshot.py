@@ -7,7 +7,7 @@ from fedkd_flwr.core.arrays import Array
 from fedkd_flwr.core.snapshot import SnapshotError, pack_snapshot, snapshot_bytes, unpack_snapshot
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
-HEADER_BYTES = 12
+HEADER_BYTES = 20
 
 
 def model() -> dict[str, Array]:
@@ -67,7 +67,7 @@ def test_snapshot_does_not_depend_on_insertion_order_layout_or_byte_order() -> N
 
 def test_snapshot_starts_with_magic_and_version_and_holds_little_endian_values_in_name_order() -> None:
     data = pack_snapshot({"b": np.array([1, 2], np.int64), "a": np.array([1.0], np.float32)})
-    assert data[:4] == b"FKS\x01"
+    assert data[:4] == b"FKS\x02"
     assert data[HEADER_BYTES:].hex() == "0000803f" + "0100000000000000" + "0200000000000000"
 
 
@@ -127,22 +127,14 @@ def test_any_change_of_the_header_is_refused(position: int) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_random_mutations_are_refused_or_give_finite_arrays_of_the_right_shapes() -> None:
+def test_random_mutations_are_refused() -> None:
     rng, whole, template = np.random.default_rng(0), pack_snapshot(model()), model()
-    refused = accepted = 0
     for _ in range(2000):
         data = bytearray(whole)
         for _ in range(int(rng.integers(1, 4))):
             data[int(rng.integers(len(data)))] = int(rng.integers(256))
         if rng.random() < 0.2:
             data.insert(int(rng.integers(len(data))), int(rng.integers(256)))
-        try:
-            found = unpack_snapshot(bytes(data), template)
-        except SnapshotError:
-            refused += 1
-            continue
-        accepted += 1
-        for name, value in template.items():
-            assert (found[name].dtype, found[name].size) == (value.dtype, value.size)
-            assert np.isfinite(found[name]).all()
-    assert min(refused, accepted) > 100
+        if bytes(data) != whole:
+            with pytest.raises(SnapshotError):
+                unpack_snapshot(bytes(data), template)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -167,6 +168,7 @@ def test_a_round_with_too_few_replies_is_skipped_and_recorded(run: Run) -> None:
         (lambda reply: _payload(reply, lambda data: data[:-1]), "payload must have"),
         (lambda reply: _payload(reply, lambda data: b"XXX" + data[3:]), "a payload starts with"),
         (lambda reply: _payload(reply, lambda data: data[:-4] + b"\x00\x00\xc0\x7f"), "not finite"),
+        (lambda reply: _metric(reply, "checksum", 1), "payload is damaged"),
         (lambda reply: _metric(reply, "num-examples", 10**9), "num-examples was"),
         (lambda reply: _metric(reply, "num-examples", -3), "num-examples must be in [1, "),
         (lambda reply: _metric(reply, "s.accuracy", float("nan")), "must be a finite number"),
@@ -308,6 +310,7 @@ def _payload(reply: Message, change: Callable[[bytes], bytes]) -> None:
     data = change(reply.content["arrays"]["payload"].numpy().tobytes())  # type: ignore[index]
     records: RecordDict = reply.content
     records["arrays"] = _arrays(data)
+    records["metrics"]["checksum"] = crc32(data)  # type: ignore[index]
 
 
 def _archive(reply: Message) -> None:

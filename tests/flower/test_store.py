@@ -1,13 +1,29 @@
 """Client state on disk."""
 
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fedkd_flwr.flower.archive import read_archive
 from fedkd_flwr.flower.errors import StateError
-from fedkd_flwr.flower.store import STATE_FILE, ClientState, ClientStore, LastReply
+from fedkd_flwr.flower.store import (
+    FORMAT,
+    REFERENCE_FORMAT,
+    REFERENCES_DIR,
+    STATE_FILE,
+    UNKNOWN_VERSION,
+    ClientState,
+    ClientStore,
+    LastReply,
+)
+from tests.flower.test_archive import full_disk
 
 STATE = ClientState(
     version=4,
@@ -107,3 +123,253 @@ def test_codec_state_begins_again_where_the_server_counts_from_the_beginning() -
 def test_a_counted_reply_that_the_client_does_not_remember_is_refused() -> None:
     with pytest.raises(StateError, match="no codec state after its reply of round 3"):
         STATE.settle(3, {})
+
+
+# Shared arrays, once on a machine
+
+TRAINING = "0123456789abcdef"
+
+
+def clients(tmp_path: Path, *keys: str) -> list[ClientStore]:
+    return [ClientStore(tmp_path, TRAINING, key) for key in keys]
+
+
+def at(version: int, state: ClientState = STATE) -> ClientState:
+    """The state at another version: other shared arrays under another lineage."""
+    shared = {name: value + np.asarray(version, value.dtype) for name, value in STATE.shared.items()}
+    return replace(state, version=version, lineage=bytes([version]) * 32, shared=shared)
+
+
+def pooled(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / TRAINING / REFERENCES_DIR).iterdir())
+
+
+def own(store: ClientStore) -> list[Path]:
+    return sorted(store.directory.glob("reference-*"))
+
+
+def flip(path: Path) -> None:
+    """Damage a file in place; links to it see it too."""
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+
+
+def test_clients_at_the_same_version_share_one_file(tmp_path: Path) -> None:
+    stores = clients(tmp_path, "a", "b", "c")
+    for store in stores:
+        store.commit(at(1))
+    files = [*pooled(tmp_path), *(path for store in stores for path in own(store))]
+    assert len(files) == 4
+    assert len({path.stat().st_ino for path in files}) == 1
+    for store in stores:
+        loaded = store.load()
+        assert loaded is not None
+        assert same(loaded, replace(at(1), generation=1))
+
+
+def test_a_version_that_nobody_holds_any_more_leaves_the_disk(tmp_path: Path) -> None:
+    first, second = clients(tmp_path, "a", "b")
+    states = [store.commit(at(1)) for store in (first, second)]
+    first.commit(at(2, states[0]))
+    assert len(pooled(tmp_path)) == 2  # the second still stands at the older one
+    second.commit(at(2, states[1]))
+    assert [path.stem for path in pooled(tmp_path)] == [(bytes([2]) * 32).hex()]
+    assert [len(own(store)) for store in (first, second)] == [1, 1]
+    assert {path.name for path in tmp_path.rglob("*") if "partial" in path.name} == set()
+
+
+def test_a_client_whose_rival_left_the_version_keeps_its_own_link(tmp_path: Path) -> None:
+    first, second = clients(tmp_path, "a", "b")
+    first.commit(at(1))
+    shutil.rmtree(tmp_path / TRAINING / REFERENCES_DIR)
+    (tmp_path / TRAINING / REFERENCES_DIR).mkdir()
+    second.commit(at(1))
+    assert len(pooled(tmp_path)) == 1
+    for store in (first, second):
+        loaded = store.load()
+        assert loaded is not None
+        assert loaded.version == 1
+
+
+def test_a_disk_without_links_holds_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(source: Path, target: Path) -> None:
+        if not Path(source).exists():
+            raise FileNotFoundError(2, "No such file or directory")
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("os.link", refused)
+    first, second = clients(tmp_path, "a", "b")
+    states = [store.commit(at(1)) for store in (first, second)]
+    for store, state in zip((first, second), states, strict=True):
+        store.commit(at(2, state))
+        loaded = store.load()
+        assert loaded is not None
+        assert same(loaded, replace(at(2), generation=2))
+
+
+def test_a_training_without_shared_arrays_is_kept_too(store: ClientStore) -> None:
+    store.commit(replace(STATE, shared={}, downlink={}))
+    loaded = store.load()
+    assert loaded is not None
+    assert (loaded.version, loaded.shared) == (4, {})
+
+
+# Damage
+
+
+def test_of_a_damaged_state_the_last_good_teacher_is_kept_and_the_rest_is_asked_for(store: ClientStore) -> None:
+    teachers = [{"teacher/w": np.full(2, number, np.float32)} for number in (1, 2)]
+    first = store.commit(replace(STATE, private=teachers[0]))
+    store.commit(replace(first, private=teachers[1]))
+    flip(store.directory / STATE_FILE)
+    salvaged = store.load()
+    assert salvaged is not None
+    assert salvaged.version == UNKNOWN_VERSION
+    assert np.array_equal(salvaged.private["teacher/w"], teachers[0]["teacher/w"])
+    assert (salvaged.shared, salvaged.committed, salvaged.pending, salvaged.downlink) == ({}, {}, {}, {})
+    assert (salvaged.last_reply, salvaged.committed_round, salvaged.generation) == (None, 0, 0)
+    assert store.commit(replace(at(1), private=salvaged.private)).generation == 1
+    loaded = store.load()
+    assert loaded is not None
+    assert same(loaded, replace(at(1), private=teachers[0], generation=1))
+
+
+def test_the_teacher_of_a_damaged_state_is_found_until_the_next_commit(store: ClientStore) -> None:
+    store.commit(store.commit(STATE))
+    flip(store.directory / STATE_FILE)
+    for _ in range(2):  # hello, then train
+        salvaged = store.load()
+        assert salvaged is not None
+        assert salvaged.private.keys() == STATE.private.keys()
+
+
+def test_where_both_generations_are_damaged_the_client_starts_afresh(store: ClientStore) -> None:
+    store.commit(store.commit(STATE))
+    for path in store.directory.glob("*.safetensors"):
+        flip(path)
+    assert store.load() is None
+
+
+def test_a_damaged_or_missing_reference_costs_the_shared_arrays_alone(tmp_path: Path) -> None:
+    for key, spoil in (("a", flip), ("b", os.unlink)):
+        (store,) = clients(tmp_path, key)
+        store.commit(STATE)
+        spoil(own(store)[0])
+        loaded = store.load()
+        assert loaded is not None
+        assert same(loaded, replace(STATE, version=UNKNOWN_VERSION, shared={}, generation=1))
+        assert own(store) == []
+        assert all(read_archive(path, REFERENCE_FORMAT) for path in pooled(tmp_path))
+        store.commit(replace(STATE, generation=1))
+        again = store.load()
+        assert again is not None
+        assert same(again, replace(STATE, generation=2))
+
+
+def test_a_damaged_reference_that_is_shared_is_found_by_each_client(tmp_path: Path) -> None:
+    stores = clients(tmp_path, "a", "b")
+    for store in stores:
+        store.commit(STATE)
+    flip(pooled(tmp_path)[0])
+    for store in stores:
+        loaded = store.load()
+        assert loaded is not None
+        assert loaded.version == UNKNOWN_VERSION
+        store.commit(replace(STATE, generation=1))
+    for store in stores:
+        healed = store.load()
+        assert healed is not None
+        assert healed.version == 4
+
+
+def test_the_state_of_another_training_is_refused(tmp_path: Path) -> None:
+    here, there = ClientStore(tmp_path, "here", "a"), ClientStore(tmp_path, "there", "a")
+    here.commit(STATE)
+    shutil.copy(here.directory / STATE_FILE, there.directory / STATE_FILE)
+    with pytest.raises(StateError, match=r"is of training here, not of there; delete it"):
+        there.load()
+    assert (there.directory / STATE_FILE).exists()
+
+
+def test_a_state_of_an_older_format_is_set_aside_by_name(store: ClientStore, caplog: pytest.LogCaptureFixture) -> None:
+    from fedkd_flwr.flower.archive import Archive, write_archive
+
+    write_archive(store.directory / STATE_FILE, "fedkd client state 1", Archive())
+    assert store.load() is None
+    assert f"format must be {FORMAT!r}, got 'fedkd client state 1'" in caplog.text
+
+
+# Disks that refuse
+
+
+def test_a_full_disk_leaves_the_last_state_with_its_reference(store: ClientStore) -> None:
+    first = store.commit(STATE)
+    larger = replace(at(5, first), private={"teacher/w": np.zeros(100_000, np.float32)})
+    with full_disk(4000), pytest.raises(StateError, match="client state can't be written"):
+        store.commit(larger)
+    loaded = store.load()
+    assert loaded is not None
+    assert same(loaded, first)
+    assert store.commit(larger).generation == 2
+
+
+def test_a_state_directory_that_cannot_be_made_is_refused() -> None:
+    for root in ("/proc", "/dev/null"):
+        with pytest.raises(StateError, match="can't be made"):
+            ClientStore(Path(root) / "state", TRAINING, "a")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_directory_is_refused(store: ClientStore) -> None:
+    first = store.commit(STATE)
+    store.directory.chmod(0o500)
+    try:
+        with pytest.raises(StateError, match="client state can't be written"):
+            store.commit(first)
+        loaded = store.load()
+        assert loaded is not None
+        assert same(loaded, first)
+    finally:
+        store.directory.chmod(0o700)
+
+
+def test_a_directory_without_a_lock_is_refused(store: ClientStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("os.open", refused)
+    with pytest.raises(StateError, match="client state can't be locked: Read-only file system"):
+        store.load()
+
+
+@contextmanager
+def few_files_left(num_files: int) -> Iterator[None]:
+    """This process may open only so many files more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    opened: list[int] = []
+    try:
+        with suppress(OSError):
+            while True:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(num_files):
+            os.close(opened.pop())
+        yield
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_state_that_cannot_be_opened_just_now_is_not_taken_for_none(store: ClientStore) -> None:
+    store.commit(STATE)
+    with few_files_left(1), pytest.raises(StateError):  # enough for the lock
+        store.load()
+
+
+def test_the_folder_of_references_is_no_client(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="and not 'references'"):
+        ClientStore(tmp_path, TRAINING, REFERENCES_DIR)

@@ -141,3 +141,89 @@ def test_numpy_scalars_are_numbers_in_the_ledger(tmp_path: Path) -> None:
     ledger.close()
     row = next(read_rows(tmp_path / LEDGER_FILE))
     assert row["metrics"] == {"accuracy": 0.5, "count": 3, "loss": None}
+
+
+def test_a_reopened_ledger_counts_on(tmp_path: Path) -> None:
+    first = Ledger(tmp_path)
+    assert (first.wire_bytes, first.last_round, first.training_id, first.num_resumes) == (0, -1, "", 0)
+    first.write("start", training_id="0123")
+    first.message(MESSAGE)
+    first.write("round", round=0)
+    first.message(MESSAGE)
+    first.write("round", round=1)
+    first.message(MESSAGE)
+    first.close()
+    counted = (540, 1, "0123", 0)
+    assert (first.wire_bytes, first.last_round, first.training_id, first.num_resumes) == counted
+    second = Ledger(tmp_path)
+    assert (second.wire_bytes, second.last_round, second.training_id, second.num_resumes) == counted
+    second.write("resume", round=1, num_rounds=5)
+    second.message(MESSAGE)
+    second.write("round", round=2)
+    second.close()
+    third = Ledger(tmp_path)
+    third.write("resume", round=2, num_rounds=5)
+    third.close()
+    assert (third.wire_bytes, third.last_round, third.training_id, third.num_resumes) == (720, 2, "0123", 2)
+
+
+def test_elapsed_seconds_of_a_reopened_ledger_go_on_and_leave_the_pause_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    ledger = Ledger(tmp_path)
+    now = 107.5
+    ledger.write("round", round=0)
+    ledger.close()
+    now = 9.0  # of another boot
+    ledger = Ledger(tmp_path)
+    ledger.write("resume")
+    now = 10.0
+    ledger.write("end", status="completed")
+    ledger.close()
+    assert [row["elapsed_seconds"] for row in rows_of(tmp_path)] == [7.5, 7.5, 8.5]
+
+
+def test_a_torn_line_of_an_earlier_process_counts_for_nothing(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.message(MESSAGE)
+    ledger.write("round", round=3)
+    ledger.close()
+    path = tmp_path / LEDGER_FILE
+    path.write_bytes(path.read_bytes()[:-1])
+    ledger = Ledger(tmp_path)
+    assert (ledger.wire_bytes, ledger.last_round) == (180, -1)
+    ledger.close()
+
+
+def test_a_ledger_that_is_one_torn_line_begins_again(tmp_path: Path) -> None:
+    (tmp_path / LEDGER_FILE).write_text('{"kind": "sta')
+    ledger = Ledger(tmp_path)
+    ledger.write("start", training_id="0123")
+    ledger.close()
+    assert [row["kind"] for row in rows_of(tmp_path)] == ["start"]
+    assert ledger.training_id == "0123"
+
+
+def test_a_listener_of_a_reopened_ledger_hears_new_rows_only(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write("start")
+    ledger.close()
+    heard: list[Row] = []
+    ledger = Ledger(tmp_path, heard.append)
+    ledger.write("resume")
+    ledger.close()
+    assert [row["kind"] for row in heard] == ["resume"]
+
+
+def test_what_was_written_can_be_made_durable_while_the_ledger_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    ledger = Ledger(tmp_path)
+    ledger.write("start")
+    ledger.make_durable()
+    assert len(synced) == 1
+    ledger.close()

@@ -217,3 +217,67 @@ def test_a_diverged_loss_is_null_in_the_summary(tmp_path: Path) -> None:
 
 def test_a_directory_without_a_summary_has_none(tmp_path: Path) -> None:
     assert read_summary(tmp_path) is None
+
+
+# Replies that did not count
+
+
+def rejecting(row: Row, *kinds: str) -> Row:
+    return row | {"rejected": [{"client": "a", "kind": kind, "reason": "because"} for kind in kinds]}
+
+
+def test_replies_that_did_not_count_are_counted_by_kind_over_all_rounds() -> None:
+    rows = [START, rejecting(ROUND_1, "silent", "norm"), rejecting(ROUND_2, "silent"), rejecting(FINAL, "error"), END]
+    found = summarise(rows)["rejected"]
+    assert found == {"error": 1, "norm": 1, "silent": 2}
+    assert list(found) == sorted(found)
+
+
+# Spread
+
+
+def test_a_spread_is_the_last_of_each_scope_that_was_measured() -> None:
+    def of(median: float) -> dict[str, dict[str, float]]:
+        return {"accuracy": {"p10": 0.0, "median": median, "p90": 1.0}}
+
+    rows = [
+        START,
+        ROUND_1 | {"spread": {"shared_local": of(0.25), "private_local": of(0.5)}},
+        FINAL | {"spread": {"shared_local": of(0.75), "private_local": None}},
+        END,
+    ]
+    assert summarise(rows)["spread"] == {"shared_local": of(0.75), "private_local": of(0.5)}
+
+
+# Going on, and stopping
+
+
+def resumption(num_rounds: int, elapsed: float = 10.0) -> Row:
+    return {"kind": "resume", "elapsed_seconds": elapsed, "round": 2, "num_rounds": num_rounds}
+
+
+def test_a_run_that_is_resumed_is_unfinished_again_and_has_the_new_number_of_rounds() -> None:
+    summary = summarise([*ROWS, resumption(8), message("uplink", "train", 19) | {"elapsed_seconds": 12.0}])
+    assert (summary["status"], summary["num_rounds"], summary["seconds"]["wall"]) == ("unfinished", 8, 12.0)
+    assert (summary["experiment"], summary["seed"]) == (START["experiment"], START["seed"])
+    assert summary["bytes"]["total"] == 1081 + 19
+
+
+def test_a_resumed_run_ends_as_its_last_end_says() -> None:
+    failed = END | {"status": "failed"}
+    again = ROUND_2 | {"elapsed_seconds": 14.0}
+    summary = summarise([*ROWS[:-1], failed, resumption(2), again, END | {"elapsed_seconds": 15.0}])
+    assert (summary["status"], summary["seconds"]["wall"]) == ("completed", 15.0)
+    assert summary["seconds"]["client_train"] == 5.0  # work that was done twice was done twice
+
+
+def test_why_a_run_stopped_early_is_said_and_null_where_it_did_not() -> None:
+    stopped = FINAL | {"stopped_early": "accuracy 0.9 is at least 0.8"}
+    assert summarise([START, ROUND_1, stopped, END])["stopped_early"] == "accuracy 0.9 is at least 0.8"
+    assert summarise([START, ROUND_1, FINAL | {"stopped_early": ""}, END])["stopped_early"] is None
+
+
+def test_a_run_that_stopped_early_and_went_on_did_not_stop_early() -> None:
+    stopped = FINAL | {"stopped_early": "enough"}
+    rows = [START, ROUND_1, stopped, END, resumption(3), ROUND_2, FINAL | {"stopped_early": ""}, END]
+    assert summarise(rows)["stopped_early"] is None
