@@ -183,8 +183,8 @@ class Exchange(Strategy):
 
     def _train(self, grid: Grid, number: int) -> None:
         """One round. A client whose reply failed is asked again, as often as allowed, in what is left of the time."""
-        deadline = monotonic() + self._options.round_timeout_seconds
         messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
+        deadline = monotonic() + self._options.round_timeout_seconds  # waiting for clients to connect is not part of it
         last_attempt = self._first_attempt + self._options.num_attempts - 1
         for attempt in range(self._first_attempt, last_attempt + 1):
             replies = self._send(grid, messages, TRAIN, deadline - monotonic())
@@ -251,7 +251,7 @@ class Exchange(Strategy):
         for node_id in post.unsent:
             self._reject(names[node_id], "unsent", "the node is gone: nothing was sent to it")
         for node_id in post.silent:
-            self._reject(names[node_id], "silent", f"no reply within {timeout:g} s")
+            self._reject(names[node_id], "silent", f"no reply within {timeout:.4g} s")
         self._asked = {r.metadata.reply_to_message_id: (names[node_id], current.attempt) for node_id, r in post.replies}
         return [reply for _, reply in post.replies]
 

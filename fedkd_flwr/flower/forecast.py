@@ -1,23 +1,33 @@
 """What a run will move, found out without running it.
 
-One client trains its first round here, and its update is encoded as it would be; the messages around it are made and
-counted like real ones. Later rounds differ: ranks change as training goes on and the energy rises.
+As many clients as the aggregator needs train their first round here; their updates are encoded, decoded, aggregated and
+encoded again as they would be, and the messages around them are made and counted like real ones. Later rounds differ:
+ranks change as training goes on and the energy rises.
 """
 
 from dataclasses import dataclass
 
 from flwr.app import Message
 
-from fedkd_flwr.algorithms.base import Assignment
+from fedkd_flwr.algorithms.base import Assignment, Trained
+from fedkd_flwr.core.arrays import num_elements
+from fedkd_flwr.core.protocols import Codec
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.experiment import Experiment
+from fedkd_flwr.flower.aggregators import build_aggregator
 from fedkd_flwr.flower.local_grid import task_identity
+from fedkd_flwr.flower.merger import Merger
 from fedkd_flwr.flower.records import TRAIN, Instruction, Reply
-from fedkd_flwr.flower.runtime import runtime_of
+from fedkd_flwr.flower.round import Round
+from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.traffic import traffic_of
+from fedkd_flwr.flower.validation import NormBound
 from fedkd_flwr.measure.summary import FLOAT_BYTES
+from fedkd_flwr.server_options import AdaptiveAggregation
 
 KILOBYTE = 1e3
+_FEWEST_CLIENTS = 3  # the mean of one update is as easy to encode as the update; that of several is what will travel
+_DENSE_SHARE = 0.5  # of a dense copy: from here on a broadcast is called dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,66 +35,123 @@ class Forecast:
     """Bytes expected of one client in one round.
 
     Attributes:
-        uplink_bytes: its reply, measured on a first update.
-        downlink_bytes: its instruction with a broadcast of the same size.
+        uplink_bytes: its reply, the largest of those tried.
+        downlink_bytes: its instruction with the broadcast that their updates gave.
+        broadcast_share: the broadcast's payload as a share of a dense float32 copy of what is exchanged; None where
+            nothing is.
         dense_bytes: one float32 copy of the teacher's trainable parameters, for comparison.
+        aggregator: that made the broadcast.
+        turns_dense: whether its broadcasts are known to get larger as training goes on.
+        num_tried: clients whose first round was tried.
         num_clients: that train in a round.
         num_rounds: of the run.
+        fraction: of the clients that trains in a round.
     """
 
     uplink_bytes: int
     downlink_bytes: int
+    broadcast_share: float | None
     dense_bytes: int
+    aggregator: str
+    turns_dense: bool
+    num_tried: int
     num_clients: int
     num_rounds: int
+    fraction: float
 
     def describe(self) -> str:
         """One line for a person."""
         total = (self.uplink_bytes + self.downlink_bytes) * self.num_clients * self.num_rounds / KILOBYTE**2
-        return (
+        text = (
             f"about {self.uplink_bytes / KILOBYTE:.1f} kB up and {self.downlink_bytes / KILOBYTE:.1f} kB down per "
             f"client and round (FedAvg of the teacher: {self.dense_bytes / KILOBYTE:.1f} kB each way), {total:.1f} MB "
-            f"in {self.num_rounds} rounds of {self.num_clients} clients; measured on one client's first update"
+            f"in {self.num_rounds} rounds of {self.num_clients} clients; measured on first updates of "
+            f"{self.num_tried} clients"
         )
+        if self.fraction < 1:
+            text += "; a client that sat out some rounds is sent what it missed besides"
+        if self.broadcast_share is not None and self.broadcast_share > _DENSE_SHARE:
+            text += (
+                f"; the downlink is dense: what {self.aggregator} makes of the updates takes "
+                f"{self.broadcast_share:.0%} of a float32 copy"
+            )
+        elif self.broadcast_share is not None and self.turns_dense:
+            text += (
+                f"; the downlink will become dense: {self.aggregator} gives every parameter a rate of its own, and "
+                "such a step is of high rank"
+            )
+        return text
 
 
 def forecast(experiment: Experiment) -> Forecast:
-    """Train and encode one client's first round.
+    """Train, encode and aggregate the first round of a few clients.
 
     Raises:
         ConfigError: if the experiment can't be built.
+        ValueError: if a first update, or the aggregate, is not finite.
     """
     runtime = runtime_of(experiment)
+    num_tried = min(experiment.num_sampled, max(_FEWEST_CLIENTS, experiment.server.aggregator.num_clients_needed))
+    with task_identity():
+        replies = {f"{client:05d}": _first_reply(runtime, client) for client in range(num_tried)}
+        broadcast = _first_broadcast(runtime, replies)
+        instruction = Instruction("0" * 16, 1, 1, 1, bytes(32), 0.0, 1, 0, (broadcast,) if broadcast else ())
+        down = Message(instruction.to_records(), 1, TRAIN)
+        ups = [Message(reply.to_records(), reply_to=down) for reply in replies.values()]
+    share = None
+    if broadcast is not None and runtime.wires is not None:
+        share = len(broadcast) / (FLOAT_BYTES * num_elements(runtime.wires.downlink.spec))
+    return Forecast(
+        uplink_bytes=max(traffic_of(up, "uplink").wire_bytes for up in ups),
+        downlink_bytes=traffic_of(down, "downlink").wire_bytes,
+        broadcast_share=share,
+        dense_bytes=FLOAT_BYTES * runtime.algorithm.num_teacher_parameters,
+        aggregator=experiment.server.aggregator.name,
+        turns_dense=isinstance(experiment.server.aggregator, AdaptiveAggregation),
+        num_tried=num_tried,
+        num_clients=experiment.num_sampled,
+        num_rounds=experiment.num_rounds,
+        fraction=experiment.num_sampled / experiment.num_clients,
+    )
+
+
+def _first_reply(runtime: Runtime, client: int) -> Reply:
     half = runtime.algorithm.client
-    data = runtime.task.client_data(0)
-    seed = derive_seed(experiment.seed, "forecast")
+    data = runtime.task.client_data(client)
+    seed = derive_seed(runtime.experiment.seed, "forecast", client)
     trained = half.train(runtime.initial, half.initial_private(), data, Assignment(0.0, seed))
     scores = half.evaluate(runtime.initial, trained.private, data)
-    payload: bytes | None = None
-    if runtime.wires is not None and trained.upload is not None:
-        uplink = runtime.wires.uplink
-        payload, _ = uplink.encode(trained.upload, uplink.initial_state(), progress=0.0, seed=seed)
-    instruction = Instruction("0" * 16, 1, 1, 1, bytes(32), 0.0, 1, 0, (payload,) if payload else ())
-    reply = Reply(
+    return Reply(
         server_round=1,
         attempt=1,
         version=1,
         lineage=bytes(32),
         num_examples=len(data.train),
         num_test_examples=len(data.test),
-        payload=payload,
+        payload=_encoded(runtime, trained, seed),
         shared=scores.get("shared", {}),
         private=scores.get("private", {}),
         train=trained.metrics,
         seconds=dict.fromkeys(("evaluate", "client_train", "encode", "decode"), 0.0),
     )
-    with task_identity():
-        down = Message(instruction.to_records(), 1, TRAIN)
-        up = Message(reply.to_records(), reply_to=down)
-    return Forecast(
-        uplink_bytes=traffic_of(up, "uplink").wire_bytes,
-        downlink_bytes=traffic_of(down, "downlink").wire_bytes,
-        dense_bytes=FLOAT_BYTES * runtime.algorithm.num_teacher_parameters,
-        num_clients=experiment.num_sampled,
-        num_rounds=experiment.num_rounds,
+
+
+def _encoded(runtime: Runtime, trained: Trained, seed: int) -> bytes | None:
+    if runtime.wires is None or trained.upload is None:
+        return None
+    uplink = runtime.wires.uplink
+    return uplink.encode(trained.upload, uplink.initial_state(), progress=0.0, seed=seed)[0]
+
+
+def _first_broadcast(runtime: Runtime, replies: dict[str, Reply]) -> bytes | None:
+    if runtime.wires is None:
+        return None
+    downlink: Codec = runtime.wires.downlink
+    merger = Merger(
+        runtime.wires.uplink, build_aggregator(runtime.experiment.server.aggregator), NormBound(None, "clip")
     )
+    current = Round(1, 0.0, 0, runtime.lineage, accepted=dict(replies))
+    merger.take(current, current.reject)
+    seed = derive_seed(runtime.experiment.seed, "forecast")
+    broadcast = runtime.algorithm.server.broadcast(merger.result(), runtime.initial, Assignment(0.0, seed))
+    return downlink.encode(broadcast, downlink.initial_state(), progress=0.0, seed=seed)[0]

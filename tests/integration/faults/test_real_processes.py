@@ -1,0 +1,62 @@
+"""Faults that only real processes have. Slow."""
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL, Run
+from tests.flower.test_exchange import STUDENT, rows_of
+from tests.integration.federation import BIN, ENVIRONMENT, descendants, federation, fedkd, kill_all
+
+pytestmark = pytest.mark.slow
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def rounds_in(out: Path) -> int:
+    """Rounds that the one run there has closed."""
+    return sum(len(rows_of(path.parent, "round")) for path in out.glob("small/*/ledger.jsonl"))
+
+
+def test_a_supernode_that_is_killed_and_started_again_takes_part_again(tmp_path: Path) -> None:
+    with federation(tmp_path, 2) as nodes:
+        victim = nodes.start_node(2)
+        options = "server.round_timeout_seconds=40 server.connect_timeout_seconds=120"
+        run_id = nodes.submit(f"num_clients=3 num_rounds=10 {options}")
+        wait_until(lambda: rounds_in(tmp_path / "out") >= 3)
+        kill_all([victim.pid, *descendants(victim.pid)])
+        nodes.start_node(2)  # under a new node id, with the same disk
+        flower = nodes.wait(run_id, 300)
+    assert flower["status"] == "finished:completed", flower
+    run_dir = nodes.run_dir()
+    rounds, final = rows_of(run_dir, "round"), rows_of(run_dir, "final")[0]
+    with_victim = [row["round"] for row in rounds if "00002" in row["clients"]]
+    without = [row["round"] for row in rounds[1:] if "00002" not in row["clients"]]
+    assert without and with_victim[-1] > without[-1], (with_victim, without)
+    assert final["clients"] == ["00000", "00001", "00002"]
+    assert not [row for row in rows_of(run_dir, "event") if "restarts from version 0" in row["event"]]
+
+
+def test_a_simulation_killed_with_all_its_processes_resumes_to_the_same_student(tmp_path: Path, run: Run) -> None:
+    conf = tmp_path / "small.yaml"
+    conf.write_text(SMALL)
+    out = tmp_path / "out"
+    command = [str(BIN / "fedkd"), "run", str(conf), "--output-dir", str(out), "--set", "num_rounds=8"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT)
+    wait_until(lambda: rounds_in(out) >= 4)
+    kill_all([*descendants(process.pid), process.pid])
+    process.wait()
+    run_dir = next((out / "small").iterdir())
+    assert not rows_of(run_dir, "end")
+    done = fedkd("resume", run_dir, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["round"] for row in rows_of(run_dir, "round")] == list(range(9))
+    assert (run_dir / STUDENT).read_bytes() == (run("num_rounds=8") / STUDENT).read_bytes()
