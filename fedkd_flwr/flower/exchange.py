@@ -119,7 +119,7 @@ class Exchange(Strategy):
                 break
             self._train(grid, number)
             stop = self._reason_to_stop()
-        if self._num_good_rounds == 0:
+        if self._num_good_rounds == 0 and not stop:
             raise RunError(f"no round had {self._needed()} good replies{self._because()}")
         final = self._num_rounds + 1
         messages = self.configure_evaluate(final, ArrayRecord(), ConfigRecord(), grid)

@@ -81,6 +81,7 @@ class World:
         rounds: in which there is a victim, the first client by name.
         nodes: how many are there at first; all clients by default.
         everyone: in those rounds every client is a victim.
+        force: resume even with another number of rounds.
     """
 
     run_dir: Path
@@ -93,6 +94,7 @@ class World:
     rounds: tuple[int, ...] = (2, 4)
     nodes: int = 0
     everyone: bool = False
+    force: bool = False
     # what was seen
     victims: dict[int, int] = field(default_factory=dict)  # round -> node id
     trained: dict[tuple[str, int], Arrays] = field(default_factory=dict)  # (client, round) -> upload of the last reply
@@ -116,7 +118,7 @@ class World:
             self._listen(patch)
             grid = FaultyGrid(self)
             self.memory["grid"] = grid
-            serve(grid, ServerSettings(self.experiment, self.run_dir, resume))
+            serve(grid, ServerSettings(self.experiment, self.run_dir, resume, self.force))
         return self
 
     def _listen(self, patch: pytest.MonkeyPatch) -> None:
