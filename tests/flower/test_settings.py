@@ -78,3 +78,17 @@ def test_the_code_digest_changes_with_an_app(tmp_path: Path) -> None:
 def test_overrides_that_no_shell_would_split_are_refused() -> None:
     with pytest.raises(ConfigError, match="set can't be split"):
         server_settings({"config-text": SMALL, "set": "seed='1"}, ROOT)
+
+
+def test_a_run_to_resume_is_found_by_name_or_as_the_latest(tmp_path: Path) -> None:
+    for name in ("20260101-1", "20260202-1"):
+        (tmp_path / "small" / name).mkdir(parents=True)
+    config = {"config-text": SMALL, "output-dir": str(tmp_path)}
+    latest = server_settings(config | {"resume": "latest"}, ROOT)
+    assert (latest.run_dir, latest.resume, latest.force) == (tmp_path / "small" / "20260202-1", True, False)
+    named = server_settings(config | {"resume": "20260101-1", "resume-force": True}, ROOT)
+    assert (named.run_dir.name, named.force) == ("20260101-1", True)
+    with pytest.raises(ConfigError, match=r"resume must be a run in .* or 'latest', got '../x'"):
+        server_settings(config | {"resume": "../x"}, ROOT)
+    with pytest.raises(ConfigError, match="got 'latest'"):
+        server_settings(config | {"resume": "latest", "output-dir": str(tmp_path / "empty")}, ROOT)
