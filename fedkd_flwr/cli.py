@@ -131,7 +131,7 @@ def report(
 
 @app.command()
 def check(conf: Config, overrides: Overrides = None) -> None:
-    """Validate an experiment and predict its bytes, from one client's first update, without running it."""
+    """Validate an experiment and predict its bytes, from first updates of a few clients, without running it."""
     from fedkd_flwr.flower.forecast import forecast
 
     experiment = load(conf, overrides or ())
@@ -139,7 +139,7 @@ def check(conf: Config, overrides: Overrides = None) -> None:
     try:
         expected = forecast(experiment)
     except ValueError as error:
-        raise ConfigError(f"one client's first round failed: {error}") from error
+        raise ConfigError(f"a client's first round failed: {error}") from error
     out.print(f"{conf}: valid; {expected.describe()}", highlight=False, soft_wrap=True)
 
 

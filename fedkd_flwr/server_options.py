@@ -20,8 +20,13 @@ class AggregatorOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_n
 
     @property
     def num_clients_needed(self) -> int:
-        """Uploads without which the rule gives no result."""
+        """Uploads without which the rule promises nothing; a round with fewer good ones is skipped."""
         return 1
+
+    @property
+    def robust(self) -> bool:
+        """Whether the rule is meant for rounds with hostile clients."""
+        return False
 
 
 class FedAvgAggregation(AggregatorOptions):
@@ -92,6 +97,11 @@ class FedMedianAggregation(AggregatorOptions):
 
     name: Literal["fedmedian"] = "fedmedian"
 
+    @property
+    def robust(self) -> bool:
+        """It is."""
+        return True
+
 
 class FedTrimmedAvgAggregation(AggregatorOptions):
     """The mean of every coordinate without its tails, Yin et al. 2018, https://arxiv.org/abs/1803.01498.
@@ -102,6 +112,11 @@ class FedTrimmedAvgAggregation(AggregatorOptions):
 
     name: Literal["fedtrimmedavg"] = "fedtrimmedavg"
     beta: float = Field(0.2, ge=0, lt=0.5)
+
+    @property
+    def robust(self) -> bool:
+        """It is."""
+        return True
 
 
 class RobustSelection(AggregatorOptions):
@@ -117,6 +132,11 @@ class RobustSelection(AggregatorOptions):
     def num_clients_needed(self) -> int:
         """Krum's guarantee needs 2 f + 3 clients where f are hostile."""
         return 2 * self.num_malicious_nodes + 3
+
+    @property
+    def robust(self) -> bool:
+        """It is."""
+        return True
 
 
 class KrumAggregation(RobustSelection):
@@ -156,7 +176,8 @@ class QFedAvgAggregation(AggregatorOptions):
     """Clients with a higher loss count for more, Li et al. 2020, https://arxiv.org/abs/1905.10497.
 
     Attributes:
-        q: 0 is the mean; the larger, the more equal the clients' losses become.
+        q: 0 is the mean; the larger, the more equal the clients' losses become. The loss is what a client says it is,
+            up to ten times the round's median.
         client_learning_rate: of local training; the paper's estimate of the loss's curvature is its inverse.
     """
 
@@ -288,6 +309,10 @@ class ServerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
             raise ValueError(
                 f"server.min_replies must be at most the {sampled} clients that train in a round, "
                 f"got {self.min_replies}"
+            )
+        if self.min_available is not None and self.min_available < self.min_replies:
+            raise ValueError(
+                f"server.min_available must be at least min_replies, {self.min_replies}, got {self.min_available}"
             )
         if self.min_available is not None and self.min_available > num_clients:
             raise ValueError(

@@ -335,7 +335,7 @@ def resumed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
         "output_dir=elsewhere",
         "server.round_timeout_seconds=5",
         "server.connect_timeout_seconds=5",
-        "server.min_available=1",
+        "server.min_available=2",
         "server.keep_checkpoints=9",
         "server.early_stop.target=0.5",
     ],

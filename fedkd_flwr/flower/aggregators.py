@@ -47,6 +47,7 @@ from fedkd_flwr.server_options import (
 )
 
 _flower_log = logging.getLogger("flwr")
+_MOST_LOSS_RATIO = 10.0  # a loss above so many medians counts as that: it is the client's own word
 _ARRAYS, _METRICS = "arrays", "metrics"
 _NUM_EXAMPLES, _TRAIN_LOSS = "num-examples", "train_loss"
 _FIRST_MOMENT, _SECOND_MOMENT = "first moment/", "second moment/"
@@ -118,6 +119,22 @@ class Mean:
         """Nothing to restore."""
 
 
+class Median:
+    """The median of every number, for statistics that hostile clients may have written."""
+
+    def __init__(self) -> None:
+        self._items: list[Arrays] = []
+
+    def add(self, arrays: Arrays, weight: float) -> None:
+        """Keep one item; every one counts alike."""
+        self._items.append(arrays)
+
+    def result(self) -> dict[str, Array]:
+        """The median, float32."""
+        names = self._items[0]
+        return {name: np.median([item[name] for item in self._items], axis=0).astype(np.float32) for name in names}
+
+
 class FlowerStrategy:
     """A strategy of Flower's as an aggregator.
 
@@ -154,7 +171,8 @@ class FlowerStrategy:
         template = self._uploads[0][0]
         _restore(strategy, self._state, list(template))
         zeros = {name: np.zeros_like(value) for name, value in template.items()}
-        replies = [_reply(*upload) for upload in self._uploads]
+        most = _MOST_LOSS_RATIO * float(np.median([loss for *_, loss in self._uploads]))
+        replies = [_reply(upload, number, min(loss, most)) for upload, number, loss in self._uploads]
         self._uploads = []
         try:
             with _undisturbed():
@@ -182,11 +200,13 @@ def _undisturbed() -> Iterator[None]:
     """Keep a strategy from logging that it sampled one node, and from searching all memory at every upload."""
     level = _flower_log.level
     _flower_log.setLevel(logging.WARNING)
+    frozen = gc.get_freeze_count() > 0
     gc.freeze()  # Flower collects garbage whenever it reads a record: a quarter of a second, with torch loaded
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         _flower_log.setLevel(level)
 
 

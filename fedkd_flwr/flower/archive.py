@@ -87,7 +87,9 @@ def read_archive(path: Path, kind: str) -> Archive:
         if int(header[_CHECKSUM]) != _checksum(facts, arrays):
             raise ArchiveError(f"{path.name} is damaged: its checksum differs")
         return Archive(json.loads(facts), arrays)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except FileNotFoundError as error:  # it was there a moment ago
+        raise OSError(f"{path.name} can't be opened: {error}") from error
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ArchiveError(f"{path.name} is damaged: {error}") from error
 
 
@@ -98,7 +100,9 @@ def read_facts(path: Path, kind: str) -> dict[str, Any]:
         with safe_open(path, framework="np") as file:
             facts: dict[str, Any] = json.loads(_header(file.metadata(), kind)[_FACTS])
             return facts
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except FileNotFoundError as error:  # it was there a moment ago
+        raise OSError(f"{path.name} can't be opened: {error}") from error
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ArchiveError(f"{path.name} is damaged: {error}") from error
 
 

@@ -2,22 +2,25 @@
 
 `<run>/checkpoints/round-0000012.safetensors` holds everything that the rounds after it depend on: the reference with
 its window of payloads and encoder state, the uplink decoders, the aggregator's moments, the table of clients, and the
-ledger's row of that round. Sampling has no state: it is drawn from seed and round.
+ledger's row of that round. `chosen.json` names the clients of the round that has begun since: whom a round asks depends
+on who is there and what they hold, and a resumed round must ask the same.
 """
 
+import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedkd_flwr.core.arrays import Array
 from fedkd_flwr.core.modules import prefixed, without_prefix
-from fedkd_flwr.flower.archive import Archive, ArchiveError, read_archive, write_archive
+from fedkd_flwr.flower.archive import Archive, ArchiveError, make_durable, read_archive, write_archive
 from fedkd_flwr.flower.errors import RunError
 
 CHECKPOINTS_DIR = "checkpoints"
 FORMAT = "fedkd checkpoint 1"
+_CHOICE_FILE = "chosen.json"
 _PATTERN = "round-*.safetensors"
 
 _log = logging.getLogger("fedkd")
@@ -38,6 +41,21 @@ class Checkpoint:
     training_id: str
     parts: Mapping[str, Archive]
     row: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Whom a round asks.
+
+    Attributes:
+        server_round: the round.
+        clients: their names.
+        resynced: those among them that are sent again what they were sent before.
+    """
+
+    server_round: int
+    clients: tuple[str, ...]
+    resynced: tuple[str, ...]
 
 
 class Checkpoints:
@@ -74,6 +92,29 @@ class Checkpoints:
                 path.unlink()
         except (OSError, ArchiveError) as error:
             raise RunError(f"checkpoint of round {checkpoint.server_round} can't be written: {error}") from error
+
+    def save_choice(self, choice: Choice) -> None:
+        """Write down whom a round asks, before it asks them.
+
+        Raises:
+            RunError: if the disk refuses.
+        """
+        partial = self.directory / f"{_CHOICE_FILE}.partial"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(asdict(choice)), encoding="utf-8")
+            make_durable(partial)
+            partial.replace(self.directory / _CHOICE_FILE)
+        except OSError as error:
+            raise RunError(f"the choice of round {choice.server_round} can't be written: {error}") from error
+
+    def choice(self) -> Choice | None:
+        """Whom the last round that began has asked; None where that is not known."""
+        try:
+            facts = json.loads((self.directory / _CHOICE_FILE).read_text(encoding="utf-8"))
+            return Choice(facts["server_round"], tuple(facts["clients"]), tuple(facts["resynced"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that can be read, or None.

@@ -7,7 +7,6 @@ skipped rounds, retries or a resumed run, and reports success when every client 
 """
 
 import logging
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from time import monotonic, perf_counter
@@ -31,16 +30,15 @@ from fedkd_flwr.flower.reception import TTL_MARGIN_SECONDS, Reception
 from fedkd_flwr.flower.records import EVALUATE, TRAIN, Hello, Instruction, Reply
 from fedkd_flwr.flower.reference import Reference
 from fedkd_flwr.flower.replies import content_of, reason_of
-from fedkd_flwr.flower.resyncs import Resyncs
 from fedkd_flwr.flower.roster import Roster, Seat
 from fedkd_flwr.flower.round import Round
 from fedkd_flwr.flower.runtime import Runtime
+from fedkd_flwr.flower.sampling import Sampler
 from fedkd_flwr.flower.validation import NormBound
 from fedkd_flwr.measure.ledger import Ledger, Row
 from fedkd_flwr.measure.metrics import spread_of, weighted_scores
 
 _SERVER = "server"
-_RESYNC_SHARE = 2  # of a round's clients, one in so many may be sent again what it was sent before
 
 _log = logging.getLogger("fedkd")
 
@@ -71,11 +69,13 @@ class Exchange(Strategy):
         self._test_data: Examples = runtime.task.test_data()
         ratio = options.validation.max_norm_ratio if runtime.algorithm.exchanges == "updates" else None
         bound = NormBound(ratio, options.validation.excess_norm)
-        self._merger = Merger(wires.uplink, build_aggregator(options.aggregator), bound) if wires else None
-        limit = options.max_resyncs_per_round
-        default_limit = -(-runtime.experiment.num_sampled // _RESYNC_SHARE)
-        self._resyncs = Resyncs(default_limit if limit is None else limit, self._seed)
-        self._roster = Roster()
+        self._merger: Merger | None = None
+        if wires:
+            robust = options.aggregator.robust
+            self._merger = Merger(wires.uplink, build_aggregator(options.aggregator), bound, robust=robust)
+        num_sampled = runtime.experiment.num_sampled
+        self._sampler = Sampler(num_sampled, options.max_resyncs_per_round, self._seed, checkpoints)
+        self._roster = Roster(runtime.experiment.num_clients)
         self._mailbox = Mailbox(ledger)
         self._asked: dict[str, tuple[str, int]] = {}  # message id -> client key and attempt, of the replies in hand
         self._num_good_rounds = 0
@@ -121,7 +121,7 @@ class Exchange(Strategy):
             stop = self._reason_to_stop()
         if self._num_good_rounds == 0 and not stop:
             raise RunError(f"no round had {self._needed()} good replies{self._because()}")
-        final = self._num_rounds + 1
+        final = max(self._round.number, self._num_rounds) + 1
         messages = self.configure_evaluate(final, ArrayRecord(), ConfigRecord(), grid)
         self.aggregate_evaluate(final, self._send(grid, messages, EVALUATE, self._options.round_timeout_seconds))
         self._ledger.write("final", **self._row_of(skipped=False), stopped_early=stop)
@@ -134,9 +134,7 @@ class Exchange(Strategy):
         self._round = self._new_round(server_round)
         remedy = "resume the run when they are back"
         seats = self._reception.require(grid, self._round, self._options.min_available or self._needed(), remedy)
-        chosen = self._sample(self._resyncs.eligible(seats, server_round))
-        self._round.sampled = [seat.client_key for seat in chosen]
-        return self._instruct(chosen, TRAIN, self._first_attempt)
+        return self._instruct(self._sampler.choose(seats, self._round), TRAIN, self._first_attempt)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -174,6 +172,9 @@ class Exchange(Strategy):
 
     def _connect(self, grid: Grid) -> None:
         num_clients = self._runtime.experiment.num_clients
+        if self._row:  # a resumed run: whoever took part before may come back, but need not
+            self._reception.gather(grid, self._round, len(self._roster.all()))
+            return
         wanted = self._options.min_available or num_clients
         remedy = (
             f"start as many SuperNodes (in simulation: --federation-config 'num-supernodes={num_clients}'), or lower "
@@ -192,20 +193,12 @@ class Exchange(Strategy):
                 break
             self._accept(replies)
             replies = []
-            missing = set(self._round.sampled) - self._round.accepted.keys()
-            seats = [seat for seat in self._reception.refresh(grid, self._round) if seat.client_key in missing]
-            if not seats:
+            seats = self._sampler.choose_again(self._reception.refresh(grid, self._round), self._round)
+            if not seats or deadline <= monotonic():
                 break
             messages = self._instruct(seats, TRAIN, attempt + 1)
         self._first_attempt = 1
         self.aggregate_train(number, replies)
-
-    def _sample(self, seats: list[Seat]) -> list[Seat]:
-        wanted = self._runtime.experiment.num_sampled
-        if wanted >= len(seats):
-            return seats
-        rng = random.Random(derive_seed(self._seed, "sample", self._round.number))
-        return sorted(rng.sample(seats, wanted), key=lambda seat: seat.client_key)
 
     def _reason_to_stop(self) -> str:
         return reason_to_stop(self._options.early_stop, self._row, self._ledger.wire_bytes)
@@ -219,12 +212,11 @@ class Exchange(Strategy):
     def _instruct(self, seats: list[Seat], purpose: str, attempt: int) -> list[Message]:
         current = self._round
         current.seats, current.attempt = {seat.node_id: seat for seat in seats}, attempt
+        current.trains = purpose == TRAIN
         ttl = self._options.round_timeout_seconds + TTL_MARGIN_SECONDS
         messages = []
         for seat in seats:
             delivery = self.reference.delivery(seat.version, 0 if self._options.share_history else seat.joined_version)
-            if seat.needs_resync:
-                self._resyncs.served(seat.client_key, current.number)
             self._roster.sent(seat.client_key, current.version)
             instruction = Instruction(
                 training_id=self._training_id,
@@ -268,8 +260,7 @@ class Exchange(Strategy):
                 self._reject(client_key, getattr(error, "kind", "malformed"), reason_of(error))
                 continue
             self._roster.replied(client_key, reply.version, current.number)
-            if not self._asked_seat(client_key).needs_resync:
-                self._resyncs.kept(client_key)
+            self._sampler.replied(client_key, current)
             current.spent(reply.seconds)
             current.accepted[client_key] = reply
 
@@ -284,8 +275,7 @@ class Exchange(Strategy):
             at_first, now = getattr(known, name), getattr(reply, name)
             if now != at_first:
                 raise MessageError(f"{name.replace('_', '-')} was {at_first} at first, is {now} now")
-        trains = current.number <= self._num_rounds
-        if (reply.payload is not None) != (trains and self._merger is not None):
+        if (reply.payload is not None) != (current.trains and self._merger is not None):
             raise MessageError("a reply has a payload where, and only where, the algorithm exchanges something")
 
     def _asked_seat(self, client_key: str) -> Seat:
@@ -299,7 +289,9 @@ class Exchange(Strategy):
         self._first_failure = self._first_failure or reason
 
     def _needed(self) -> int:
-        return 1 if self._merger is None else self._options.min_replies
+        """Good replies that a round must have."""
+        options = self._options
+        return 1 if self._merger is None else max(options.min_replies, options.aggregator.num_clients_needed)
 
     def _because(self) -> str:
         return f"; first reason: {self._first_failure}" if self._first_failure else ""
@@ -336,7 +328,7 @@ class Exchange(Strategy):
         parts = {
             "reference": self.reference.saved(),
             "roster": self._roster.saved(),
-            "resyncs": self._resyncs.saved(),
+            "sampler": self._sampler.saved(),
             "rounds": Archive({"num_good": self._num_good_rounds, "first_failure": self._first_failure}),
         } | (self._merger.saved() if self._merger else {})
         self._ledger.make_durable()
@@ -348,7 +340,7 @@ class Exchange(Strategy):
         parts = checkpoint.parts
         self.reference.restore(parts["reference"])
         self._roster.restore(parts["roster"])
-        self._resyncs.restore(parts["resyncs"])
+        self._sampler.restore(parts["sampler"])
         if self._merger is not None:
             self._merger.restore(parts)
         self._num_good_rounds = parts["rounds"].facts["num_good"]

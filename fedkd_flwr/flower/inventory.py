@@ -9,7 +9,7 @@ from pathlib import Path
 from fedkd_flwr.flower.archive import ArchiveError, read_facts
 from fedkd_flwr.flower.store import DAMAGED_SUFFIX, FORMAT, PREVIOUS_FILE, REFERENCES_DIR, STATE_FILE
 
-_OURS = (STATE_FILE, PREVIOUS_FILE, f"*{DAMAGED_SUFFIX}", "reference-*.safetensors")
+_OURS = (STATE_FILE, PREVIOUS_FILE, Path(STATE_FILE).with_suffix(DAMAGED_SUFFIX).name, "reference-*.safetensors")
 
 
 @dataclass(frozen=True, slots=True)

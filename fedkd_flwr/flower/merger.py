@@ -6,7 +6,7 @@ from time import perf_counter
 from fedkd_flwr.core.arrays import Array, Arrays, RunningMean
 from fedkd_flwr.core.modules import prefixed
 from fedkd_flwr.core.protocols import Codec
-from fedkd_flwr.flower.aggregators import Aggregator
+from fedkd_flwr.flower.aggregators import Aggregator, Median
 from fedkd_flwr.flower.archive import Archive
 from fedkd_flwr.flower.replies import reason_of
 from fedkd_flwr.flower.round import Round
@@ -23,16 +23,19 @@ class Merger:
 
     Args:
         uplink: the codec; its spec says which tensors are buffers.
-        aggregator: of the parameters. Buffers are statistics, not updates: they bypass it by a plain mean.
-        bound: how long an update may be.
+        aggregator: of the parameters. Buffers are statistics, not updates: they bypass it.
+        bound: how long an update of the parameters may be; that of the buffers has one of the same kind.
+        robust: take the median of the buffers, not their mean.
     """
 
-    def __init__(self, uplink: Codec, aggregator: Aggregator, bound: NormBound) -> None:
+    def __init__(self, uplink: Codec, aggregator: Aggregator, bound: NormBound, *, robust: bool = False) -> None:
         self._uplink = uplink
         self._aggregator = aggregator
         self._bound = bound
+        self._buffer_bound = NormBound(bound.ratio, bound.excess)
+        self._robust = robust
         self._buffer_names = [tensor.name for tensor in uplink.spec if tensor.kind == "buffer"]
-        self._buffers = RunningMean()
+        self._buffers: RunningMean | Median = RunningMean()
         self._states: dict[str, Arrays] = {}  # of the decoders, by client key
         self._next_states: dict[str, Arrays] = {}  # of those whose upload was taken this round
         self._before: Arrays = {}  # the aggregator's state when the round began
@@ -49,22 +52,26 @@ class Merger:
         """
         self._aggregator.begin(current.number)
         self._before = self._aggregator.state()
-        self._buffers = RunningMean()
+        self._buffers = Median() if self._robust else RunningMean()
         self._next_states = {}
-        self._bound.begin(self._norms(current) if self._bound.needs_norms else ())
+        needed = self._bound.needs_norms or self._buffer_bound.needs_norms
+        norms = list(self._norms(current)) if needed else []
+        self._bound.begin(of_parameters for of_parameters, _ in norms)
+        self._buffer_bound.begin(of_buffers for _, of_buffers in norms)
         for client_key, reply in sorted(current.accepted.items()):
             try:
                 started = perf_counter()
                 upload, state = self._decode(client_key, reply.payload)
                 current.timed("decode", started)
                 started = perf_counter()
+                buffers = self._buffer_bound.admit({name: upload[name] for name in self._buffer_names})
                 parameters = self._bound.admit(self._parameters(upload))
                 self._aggregator.add(parameters, reply.num_examples, reply.train.get(_LOSS))
             except Exception as error:  # one bad payload costs one reply, whatever is wrong with it
                 reject(client_key, getattr(error, "kind", "payload"), reason_of(error))
                 del current.accepted[client_key]
                 continue
-            self._buffers.add({name: upload[name] for name in self._buffer_names}, 1.0)
+            self._buffers.add(buffers, 1.0)
             self._next_states[client_key] = state
             current.timed("aggregate", started)
         current.num_clipped = self._bound.num_clipped
@@ -83,6 +90,8 @@ class Merger:
 
     def counted(self) -> Iterable[str]:
         """The uploads taken have moved the reference: their decoders move on. Names of the clients."""
+        self._bound.counted()
+        self._buffer_bound.counted()
         self._states |= {client_key: state for client_key, state in self._next_states.items() if state}
         return self._next_states.keys()
 
@@ -100,7 +109,12 @@ class Merger:
         for client_key, state in self._states.items():
             decoders |= prefixed(f"{client_key}/", state)
         aggregator = Archive({}, self._aggregator.state())
-        return {"decoders": Archive({}, decoders), "aggregator": aggregator, "bound": self._bound.saved()}
+        return {
+            "decoders": Archive({}, decoders),
+            "aggregator": aggregator,
+            "bound": self._bound.saved(),
+            "buffer bound": self._buffer_bound.saved(),
+        }
 
     def restore(self, parts: Mapping[str, Archive]) -> None:
         """Go on from a checkpoint."""
@@ -111,6 +125,7 @@ class Merger:
         self._states = dict(states)
         self._aggregator.restore(parts["aggregator"].arrays)
         self._bound.restore(parts["bound"])
+        self._buffer_bound.restore(parts["buffer bound"])
 
     def _decode(self, client_key: str, payload: bytes | None) -> tuple[Arrays, Arrays]:
         return self._uplink.decode(payload or b"", self._states.get(client_key, self._uplink.initial_state()))
@@ -118,10 +133,12 @@ class Merger:
     def _parameters(self, upload: Arrays) -> dict[str, Array]:
         return {name: value for name, value in upload.items() if name not in self._buffer_names}
 
-    def _norms(self, current: Round) -> Iterable[float]:
-        """Of this round's updates that can be read; each is decoded for it and let go."""
+    def _norms(self, current: Round) -> Iterable[tuple[float, float]]:
+        """Of parameters and of buffers, for each update that can be read; it is decoded for that and let go."""
         for client_key, reply in sorted(current.accepted.items()):
             try:
-                yield norm_of(self._parameters(self._decode(client_key, reply.payload)[0]))
+                upload = self._decode(client_key, reply.payload)[0]
+                buffers = {name: upload[name] for name in self._buffer_names}
+                yield norm_of(self._parameters(upload)), norm_of(buffers)
             except Exception:
                 continue

@@ -23,6 +23,7 @@ TTL_MARGIN_SECONDS = 60.0
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 2.0
 _HOPELESS_HELLOS = 3
+_HELLO_PATIENCE_SECONDS = 10.0
 _HELLO = "hello"
 
 _log = logging.getLogger("fedkd")
@@ -65,7 +66,7 @@ class Reception:
     def gather(self, grid: Grid, current: Round, wanted: int, *, present: bool = False) -> list[Seat]:
         """Clients that are free to work, once there are so many; fewer when the connect timeout is over.
 
-        Gives up at once where enough nodes are connected and too many of them can't say who they are.
+        Gives up at once where enough nodes are connected and none of them can say who it is.
 
         Args:
             grid: Flower's.
@@ -78,9 +79,9 @@ class Reception:
         while True:
             live = self._greet(grid, current)
             seats = self._free(grid, current)
-            num_hopeful = sum(self._failed[node] < _HOPELESS_HELLOS for node in live)
             num_found = len(seats) + (len(self._disbelieved) if present else 0)
-            if num_found >= wanted or num_hopeful < wanted <= len(live) or monotonic() >= deadline:
+            hopeless = len(live) >= wanted and all(self._failed[node] >= _HOPELESS_HELLOS for node in live)
+            if num_found >= wanted or hopeless or monotonic() >= deadline:
                 return seats
             sleep(min(pause, max(0.0, deadline - monotonic())))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -107,15 +108,12 @@ class Reception:
 
     def _free(self, grid: Grid, current: Round) -> list[Seat]:
         busy = self._mailbox.busy_nodes()
-        disbelieved = implausible(self._roster.all(), self._options.validation.max_examples_ratio)
+        connected = self._roster.available(grid.get_node_ids())
+        disbelieved = implausible(connected, self._options.validation.max_examples_ratio)
         for client_key in disbelieved.keys() - self._disbelieved.keys():
             self._event(current, client_key, f"not asked to train: {disbelieved[client_key]}")
         self._disbelieved = disbelieved
-        return [
-            seat
-            for seat in self._roster.available(grid.get_node_ids())
-            if seat.node_id not in busy and seat.client_key not in disbelieved
-        ]
+        return [seat for seat in connected if seat.node_id not in busy and seat.client_key not in disbelieved]
 
     def _greet(self, grid: Grid, current: Round) -> set[int]:
         """Ask every unknown node who it is and what it holds; collect what came late. All live nodes."""
@@ -129,7 +127,8 @@ class Reception:
         if unknown:
             ttl = self._options.round_timeout_seconds + TTL_MARGIN_SECONDS
             messages = [Message(self._hello.to_records(), node_id, HELLO, ttl=ttl) for node_id in unknown]
-            patience = self._options.connect_timeout_seconds
+            # Who takes longer is heard when it has answered; the others need not wait for it.
+            patience = min(_HELLO_PATIENCE_SECONDS, self._options.connect_timeout_seconds / 4)
             post = self._mailbox.exchange(grid, messages, {}, _HELLO, current.number, patience)
             for node_id, message in post.replies:
                 self._admit(node_id, message, live, current)
@@ -148,8 +147,9 @@ class Reception:
         before = self._roster.seat(key)
         held = self._reference.version_of(reply.version, reply.lineage)
         if not self._roster.admit(node_id, reply, held, self._reference.version, live):
-            self._first_failure = self._first_failure or f"two live nodes are client {key!r}"
-            self._event(current, key, f"a second live node with this name was refused (node {node_id})")
+            why = "a second live node with this name" if before is not None else "a client more than num_clients"
+            self._first_failure = self._first_failure or f"{why} was refused: {key!r}"
+            self._event(current, key, f"{why} was refused (node {node_id})")
             return
         if before is not None and before.replied_round > 0 and reply.memory != "all":
             fate = "restarts from version 0" if reply.memory == "nothing" else "is kept"

@@ -26,6 +26,8 @@ MEMORIES = ("nothing", "private", "all")
 SECONDS = ("client_train", "evaluate", "encode", "decode")
 _UNKNOWN_VERSION = -1
 _METRIC_PATTERN = r"[a-z][a-z0-9_]{0,47}"
+_MOST_METRICS = 100
+_LARGEST_METRIC = 1e30
 _MOST_EXAMPLES = 10**12
 _MOST_SECONDS = 1e7
 _NPY_HEADER_BYTES = 128  # an array travels as numpy.save writes it
@@ -309,6 +311,8 @@ def payload_bytes_of(content: RecordDict) -> int:
 
 
 def _read_groups(metrics: Mapping[str, object]) -> dict[str, dict[str, float]]:
+    if len(metrics) > _MOST_METRICS:
+        raise MessageError(f"a reply may have {_MOST_METRICS} metrics, got {len(metrics)}")
     groups: dict[str, dict[str, float]] = {"s": {}, "p": {}, "t": {}, "c": {}}
     for name, value in metrics.items():
         letter, separator, rest = name.partition(".")
@@ -316,8 +320,10 @@ def _read_groups(metrics: Mapping[str, object]) -> dict[str, dict[str, float]]:
             continue
         if letter not in groups or not re.fullmatch(_METRIC_PATTERN, rest):
             raise MessageError(f"metric {name[:80]!r} has no name that is known here")
-        if not isinstance(value, float) or not np.isfinite(value):
-            raise MessageError(f"metric {name!r} must be a finite number, got {str(value)[:80]}")
+        if not isinstance(value, float) or not abs(value) <= _LARGEST_METRIC:
+            raise MessageError(
+                f"metric {name!r} must be a finite number of at most {_LARGEST_METRIC:g}, got {str(value)[:80]}"
+            )
         if letter == "c" and not (rest in SECONDS and 0 <= value <= _MOST_SECONDS):
             raise MessageError(f"seconds must be {', '.join(SECONDS)}, from 0 to {_MOST_SECONDS:g}, got {rest} {value}")
         groups[letter][rest] = value

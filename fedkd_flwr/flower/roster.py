@@ -9,6 +9,7 @@ from fedkd_flwr.flower.records import HelloReply
 
 _NOT_CONNECTED = -1
 _NOTHING = -1
+_MOST_NAMES_PER_CLIENT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,15 @@ class Seat:
 
 
 class Roster:
-    """Clients by name. Flower's node ids are random and change on a restart; names last."""
+    """Clients by name. Flower's node ids are random and change on a restart; names last.
 
-    def __init__(self) -> None:
+    Args:
+        num_clients: that the experiment has. No more names are taken in at a time, so that nobody can crowd the others
+            out, and not many more over the whole training.
+    """
+
+    def __init__(self, num_clients: int) -> None:
+        self._num_clients = num_clients
         self._seats: dict[str, Seat] = {}
         self._refused: dict[int, str] = {}
         self._stale: set[int] = set()
@@ -57,9 +64,16 @@ class Roster:
         Flower shows a node that was killed as live for up to a minute, while its successor is there already.
         """
         nodes = set(live)
-        self._refused = {node: key for node, key in self._refused.items() if self._seats[key].node_id in nodes}
+        self._refused = {n: key for n, key in self._refused.items() if n in nodes and self._kept_out(key, nodes)}
         known = {seat.node_id for seat in self._seats.values()} - self._stale
         return sorted(nodes - known - self._refused.keys())
+
+    def _kept_out(self, client_key: str, live: set[int]) -> bool:
+        """Whether another live node has the name or, of a name never seen, as many are connected as there may be."""
+        if (seat := self._seats.get(client_key)) is not None:
+            return seat.node_id in live
+        num_connected = sum(seat.node_id in live for seat in self._seats.values())
+        return num_connected >= self._num_clients or len(self._seats) >= _MOST_NAMES_PER_CLIENT * self._num_clients
 
     def seat(self, client_key: str) -> Seat | None:
         """What is known of a client."""
@@ -70,7 +84,7 @@ class Roster:
         return [seat for _, seat in sorted(self._seats.items())]
 
     def admit(self, node_id: int, reply: HelloReply, version: int | None, current: int, live: Iterable[int]) -> bool:
-        """Take a node's word for who it is. False if another live node has that name already.
+        """Take a node's word for who it is. False if another live node has that name, or there are names enough.
 
         Args:
             node_id: Flower's.
@@ -80,10 +94,14 @@ class Roster:
             live: nodes that are connected.
         """
         seat = self._seats.get(reply.client_key)
-        if seat is not None and seat.node_id != node_id and seat.node_id in set(live):
+        if self._kept_out(reply.client_key, set(live) - {node_id}):
             self._refused[node_id] = reply.client_key
             return False
-        self._seats = {key: other for key, other in self._seats.items() if other.node_id != node_id or other is seat}
+        # A node that changes its name leaves the old one behind, with all that is known of it.
+        self._seats = {
+            key: replace(other, node_id=_NOT_CONNECTED) if other.node_id == node_id else other
+            for key, other in self._seats.items()
+        }
         fresh = Seat(reply.client_key, node_id, version, reply.num_examples, joined_version=current)
         # Codec states are out of step where the client has none after the reply that counted; both begin again then.
         in_step = seat is not None and seat.counted_round in (reply.committed_round, reply.replied_round)

@@ -39,6 +39,8 @@ class Round:
         attempt: of the messages that are out.
         seats: clients asked, by Flower's node id.
         sampled: their names, as first chosen.
+        resynced: those among them that are sent again what they were sent before.
+        trains: whether it asks for training, not for scores alone.
         accepted: good replies, by client key.
         rejected: every other outcome.
         num_clipped: accepted updates that were scaled down to what is believed.
@@ -54,6 +56,8 @@ class Round:
     attempt: int = 1
     seats: dict[int, Seat] = field(default_factory=dict)
     sampled: list[str] = field(default_factory=list)
+    resynced: set[str] = field(default_factory=set)
+    trains: bool = False
     accepted: dict[str, Reply] = field(default_factory=dict)
     num_clipped: int = 0
     rejected: list[Rejection] = field(default_factory=list)

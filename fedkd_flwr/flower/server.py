@@ -53,14 +53,14 @@ def serve(grid: Grid, settings: ServerSettings, listener: Listener | None = None
     """
     runtime = runtime_of(settings.experiment)
     run_dir = settings.run_dir
+    if settings.resume:
+        check_resumable(settings)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"output directory {str(run_dir)!r} can't be made: {error.strerror}") from error
     with _only_one_process(run_dir):
-        if settings.resume:
-            check_resumable(settings)
-        elif (run_dir / LEDGER_FILE).exists():
+        if not settings.resume and (run_dir / LEDGER_FILE).exists():
             raise RunError(f"{str(run_dir)!r} holds a run already; resume it, or give another run-name")
         partial = run_dir / f".{CONFIG_FILE}.partial"
         partial.write_text(settings.experiment.to_yaml(), encoding="utf-8")
@@ -99,7 +99,7 @@ def _exchange(runtime: Runtime, settings: ServerSettings, ledger: Ledger) -> Exc
         ledger.write(
             "resume", round=checkpoint.server_round if checkpoint else 0, num_rounds=runtime.experiment.num_rounds
         )
-        attempt = 1 + ledger.num_resumes
+        attempt = 1 + ledger.num_resumes * runtime.experiment.server.num_attempts
     else:
         _write_start(ledger, runtime, training_id)
     exchange = Exchange(runtime, ledger, training_id, checkpoints, attempt)

@@ -14,6 +14,7 @@ a late process can't overwrite a newer state. Flower's own context is not used: 
 never.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -41,6 +42,7 @@ REFERENCES_DIR = "references"
 FORMAT = "fedkd client state 2"
 REFERENCE_FORMAT = "fedkd reference 1"
 UNKNOWN_VERSION = -1
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
 _REPLY_PAYLOAD = "reply payload"
 _PRIVATE, _COMMITTED, _PENDING = "private/", "committed/", "pending/"
 
@@ -218,7 +220,7 @@ class ClientStore:
             try:
                 self._keep_reference(state)
                 if path.exists():
-                    _link(path, self.directory / PREVIOUS_FILE)
+                    self._link(path, self.directory / PREVIOUS_FILE)
                 write_archive(path, FORMAT, _archive(following, self._training_id))
                 self._forget_references(state.lineage)
             except (OSError, ArchiveError) as error:
@@ -246,10 +248,25 @@ class ClientStore:
         if own.exists():
             return
         try:
-            _link(pooled, own)
+            self._link(pooled, own)
         except FileNotFoundError:  # the first here at this version, or the last one left meanwhile
             write_archive(own, REFERENCE_FORMAT, Archive({}, snapshot_arrays(state.shared, state.downlink)))
-            _link(own, pooled)
+            with suppress(OSError):  # the pool only saves space
+                self._link(own, pooled)
+
+    def _link(self, source: Path, target: Path) -> None:
+        """Let `target` be the same file as `source`, in one step; a copy where the disk knows no links."""
+        # Other clients write into the pool at the same time, each under its own lock.
+        partial = target.with_name(f"{target.name}.{self.directory.name}.link")
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(source, partial)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            shutil.copyfile(source, partial)
+        os.replace(partial, target)
+        partial.unlink(missing_ok=True)  # a rename onto another link of the same file leaves both
 
     def _forget_references(self, lineage: bytes) -> None:
         """Drop this client's hold on older versions, and the versions that nobody here holds any more."""
@@ -275,20 +292,6 @@ class ClientStore:
             yield
         finally:
             os.close(descriptor)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Let `target` be the same file as `source`, in one step; a copy where the disk knows no links."""
-    partial = target.with_name(f"{target.name}.link")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
-    partial.unlink(missing_ok=True)  # a rename onto another link of the same file leaves both
 
 
 def _state(archive: Archive) -> ClientState:

@@ -30,18 +30,22 @@ class NormBound:
         ratio: the multiple; None for no bound.
         excess: what becomes of a longer one.
         num_clipped: of this round's updates.
+        num_rejected: of this round's updates.
     """
 
     ratio: float | None
     excess: Literal["reject", "clip"]
     num_clipped: int = 0
+    num_rejected: int = 0
+    _pending: list[float] = field(default_factory=list)  # norms of this round's updates, until the round counts
     _norms: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_NORMS))
     _limit: float | None = None
 
     @property
     def needs_norms(self) -> bool:
         """Whether too few updates were accepted so far to know what is usual: then a round judges itself."""
-        return self.ratio is not None and len(self._norms) < 2 * _FEWEST
+        stale = self.num_rejected > len(self._pending)
+        return self.ratio is not None and (stale or len(self._norms) < 2 * _FEWEST)
 
     def begin(self, norms: Iterable[float] = ()) -> None:
         """Fix the bound of a round, so that it does not depend on the order of replies.
@@ -49,7 +53,10 @@ class NormBound:
         Args:
             norms: of the round's own updates, where `needs_norms`.
         """
-        self.num_clipped = 0
+        if self.num_rejected > len(self._pending):
+            self._norms.clear()  # most of a round was too long: what is usual has changed, or was never known
+        self.num_clipped = self.num_rejected = 0
+        self._pending = []
         known = [*self._norms, *(norm for norm in norms if np.isfinite(norm))]
         usual = median(known) if len(known) >= _FEWEST else 0.0
         self._limit = self.ratio * usual if self.ratio is not None and usual > 0 else None
@@ -62,42 +69,51 @@ class NormBound:
         """
         norm = norm_of(update)
         if self._limit is None or norm <= self._limit:
-            self._norms.append(norm)
+            self._pending.append(norm)
             return dict(update)
         if self.excess == "reject":
+            self.num_rejected += 1
             raise MessageError(
                 f"its update's norm is {norm:.4g}, more than {self.ratio:g} times the usual; at most "
                 f"{self._limit:.4g} is believed (server.validation.max_norm_ratio)",
                 kind="norm",
             )
-        self._norms.append(self._limit)
+        self._pending.append(self._limit)
         self.num_clipped += 1
         scale = np.float32(self._limit / norm)
         return {name: np.asarray(value * scale) for name, value in update.items()}
 
+    def counted(self) -> None:
+        """The round's updates have entered an aggregate that moved the reference."""
+        self._norms.extend(self._pending)
+
     def saved(self) -> Archive:
         """For a checkpoint."""
-        return Archive({}, {"norms": np.asarray(self._norms, np.float64)})
+        mostly_rejected = self.num_rejected > len(self._pending)
+        return Archive({"mostly_rejected": mostly_rejected}, {"norms": np.asarray(self._norms, np.float64)})
 
     def restore(self, archive: Archive) -> None:
         """Go on from a checkpoint."""
         self._norms.clear()
         self._norms.extend(float(norm) for norm in archive.arrays["norms"])
+        self.num_rejected = int(archive.facts["mostly_rejected"])
 
 
 def implausible(seats: Iterable[Seat], ratio: float | None) -> dict[str, str]:
     """Clients that claim far more examples than the others, and why they are not believed.
 
     Args:
-        seats: all that are known.
+        seats: all that are connected. Those that have given a good reply say what is usual, once there are three.
         ratio: how many times the median is believed; None for any.
     """
     known = list(seats)
     if ratio is None or len(known) < _FEWEST:
         return {}
+    proven = [seat for seat in known if seat.replied_round > 0]
+    judges = proven if len(proven) >= _FEWEST else known
     found = {}
     for what in ("num_examples", "num_test_examples"):
-        usual = median(getattr(seat, what) for seat in known)
+        usual = median(getattr(seat, what) for seat in judges)
         for seat in known:
             if (claimed := getattr(seat, what)) > ratio * usual:
                 found[seat.client_key] = (

@@ -388,3 +388,15 @@ def test_every_aggregator_of_the_options_can_be_built() -> None:
     allowed = str(caught.value).removeprefix("server.aggregator.name: must be one of ").split(", got")[0]
     assert allowed.startswith(wanted)
     assert {name.strip("'") for name in allowed.split(", ")} == set(NAMES)
+
+
+def test_a_client_cannot_weigh_more_by_claiming_an_absurd_loss() -> None:
+    honest, absurd = built("qfedavg"), built("qfedavg")
+    uploads = Round(0, 4).uploads
+    for aggregator, claimed in ((honest, 10.0), (absurd, 1e300)):
+        aggregator.begin(1)
+        for upload, loss in zip(uploads, (1.0, 1.0, 1.0, claimed), strict=True):
+            aggregator.add(upload, 1, loss)
+    first, second = honest.result(), absurd.result()
+    assert first is not None and second is not None
+    assert all(np.array_equal(first[name], second[name]) for name in first)

@@ -54,6 +54,7 @@ class Server:
         exchange = self.exchange
         exchange._roster.replied("00000", 0, 0)
         exchange._round = exchange._new_round(1)
+        exchange._round.trains = True
         exchange._round.seats = {seat.node_id: seat for seat in exchange._roster.all()}
         reply = Message(content, reply_to=self.asked)
         exchange._asked = {reply.metadata.reply_to_message_id: ("00000", 1)}
@@ -61,6 +62,7 @@ class Server:
         assert exchange._merger is not None
         if exchange._merger.take(exchange._round, exchange._reject):
             self.num_taken += 1
+            exchange._merger.counted()
             assert all(np.isfinite(value).all() for value in exchange._merger.result().values())
         else:
             self.num_refused += 1
@@ -129,6 +131,9 @@ def test_mutated_replies_are_refused_or_harmless(
 ) -> None:
     rng = random.Random(change.__name__)
     by_flower = 0
+    for _ in range(10):
+        server.receive(honest.to_records())  # so that there is a bound on norms
+    assert server.num_taken == 10
     while server.num_refused + server.num_taken < EACH:
         try:
             content = change(honest, rng)

@@ -9,7 +9,7 @@ def hello(key: str = "site1", committed_round: int = 0, replied_round: int = 0) 
 
 
 def test_the_second_live_node_of_a_name_is_refused_until_the_first_is_gone() -> None:
-    roster = Roster()
+    roster = Roster(4)
     assert roster.admit(1, hello(), 0, 0, live=[1])
     assert not roster.admit(2, hello(), 0, 0, live=[1, 2])
     assert roster.unknown([1, 2]) == []
@@ -19,7 +19,7 @@ def test_the_second_live_node_of_a_name_is_refused_until_the_first_is_gone() -> 
 
 
 def test_a_node_that_changes_its_name_keeps_one_seat() -> None:
-    roster = Roster()
+    roster = Roster(4)
     roster.admit(1, hello("a"), 0, 0, live=[1])
     roster.doubt("a")
     roster.admit(1, hello("b"), 0, 0, live=[1])
@@ -28,7 +28,7 @@ def test_a_node_that_changes_its_name_keeps_one_seat() -> None:
 
 def test_a_restarted_client_keeps_its_counted_round_and_one_that_lost_its_disk_does_not() -> None:
     for rounds, expected in (((7, 9), 7), ((6, 7), 7), ((0, 0), 0), ((5, 6), 0)):
-        roster = Roster()
+        roster = Roster(4)
         roster.admit(1, hello(), 0, 0, live=[1])
         roster.counted("site1", 7)
         roster.admit(2, hello("site1", *rounds), 0, 0, live=[2])
@@ -36,8 +36,42 @@ def test_a_restarted_client_keeps_its_counted_round_and_one_that_lost_its_disk_d
 
 
 def test_a_client_in_doubt_is_asked_again_before_it_gets_work() -> None:
-    roster = Roster()
+    roster = Roster(4)
     roster.admit(1, hello(), 0, 0, live=[1])
     roster.doubt("site1")
     assert roster.available([1]) == []
     assert roster.unknown([1]) == [1]
+
+
+def test_a_refused_node_whose_rival_changes_its_name_is_asked_again() -> None:
+    roster = Roster(4)
+    roster.admit(1, hello("a"), 0, 0, live=[1])
+    assert not roster.admit(2, hello("a"), 0, 0, live=[1, 2])
+    roster.doubt("a")
+    roster.admit(1, hello("b"), 0, 0, live=[1, 2])
+    assert roster.unknown([1, 2]) == [2]
+    assert roster.admit(2, hello("a"), 0, 0, live=[1, 2])
+
+
+def test_a_name_left_behind_keeps_what_is_known_of_it() -> None:
+    roster = Roster(4)
+    roster.admit(1, hello("a"), 0, 0, live=[1])
+    roster.sent("a", 7)
+    for name in ("b", "a"):
+        roster.doubt("a" if name == "b" else "b")
+        roster.admit(1, hello(name), 0, 7, live=[1])
+    seat = roster.seat("a")
+    assert seat is not None
+    assert seat.needs_resync
+
+
+def test_no_more_names_than_clients_at_a_time_and_not_many_more_in_all() -> None:
+    roster = Roster(2)
+    assert roster.admit(1, hello("a"), 0, 0, live=[1, 2, 3])
+    assert roster.admit(2, hello("b"), 0, 0, live=[1, 2, 3])
+    assert not roster.admit(3, hello("c"), 0, 0, live=[1, 2, 3])
+    assert roster.unknown([1, 2, 3]) == []
+    assert roster.unknown([1, 3]) == [3]
+    assert roster.admit(3, hello("c"), 0, 0, live=[1, 3])
+    admitted = [roster.admit(node, hello(f"x{node}"), 0, 0, live=[1, node]) for node in range(4, 20)]
+    assert admitted.count(True) == 5

@@ -227,3 +227,51 @@ def test_another_number_of_rounds_is_accepted_only_by_force(make: Make) -> None:
     longer.run(resume=True)
     assert [row["round"] for row in world.rows("round")] == [0, 1, 2, 3, 4, 5]
     assert read_summary(world.run_dir)["num_rounds"] == 5  # type: ignore[index]
+
+
+def test_fewer_rounds_than_were_done_end_with_the_final_evaluation(make: Make) -> None:
+    def leave(world: World, number: int) -> None:
+        if number == 4:
+            for node_id in list(world.grid._contexts)[:3]:
+                world.grid.remove_node(node_id)
+
+    world = make("server.connect_timeout_seconds=0.3", after_round=leave)
+    with pytest.raises(RunError):
+        world.run()
+    shorter = World(world.run_dir, experiment_of("num_rounds=3", "server.connect_timeout_seconds=0.3"), force=True)
+    shorter.run(resume=True)
+    assert world.rows("end")[-1]["status"] == "completed"
+    assert world.rows("final")[-1]["version"] == 4
+
+
+def test_a_robust_rule_skips_a_round_with_fewer_replies_than_it_needs(make: Make) -> None:
+    def fails(world: World, message: Message, context: Context, work: Call) -> Message:
+        raise RuntimeError("away")
+
+    world = make("num_clients=5", "server.aggregator.name=krum", act=fails).run()
+    assert [row["skipped"] for row in world.rows("round")] == [False, False, True, False, True, False, False]
+
+
+def test_clients_that_come_and_go_under_new_names_do_not_keep_the_others_out(make: Make) -> None:
+    def come(world: World, number: int) -> None:
+        for node_id in list(world.grid._contexts)[4:]:
+            world.grid.remove_node(node_id)
+        world.grid.add_node(number % 4, **{"client-id": f"x{number}"})
+
+    world = make("num_rounds=8", "num_clients=5", "server.min_available=4", nodes=4, after_round=come).run()
+    assert all({"00000", "00001", "00002", "00003"} <= set(row["clients"]) for row in world.rows("round")[1:])
+
+
+def test_a_hello_that_hangs_keeps_nobody_waiting(make: Make) -> None:
+    def hangs(grid: FaultyGrid, message_ids: Any) -> Any:
+        slow = {i for i in message_ids if grid._sent[i].metadata.dst_node_id == 1000}
+        return pull(grid, set(message_ids) - slow)
+
+    pull = FaultyGrid.pull_messages
+    world = make("server.min_available=3", "server.connect_timeout_seconds=8")
+    started = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FaultyGrid, "pull_messages", hangs)
+        world.run()
+    assert time.monotonic() - started < 7
+    assert all(row["clients"] == ["00001", "00002", "00003"] for row in world.rows("round")[1:])

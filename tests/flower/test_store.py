@@ -373,3 +373,26 @@ def test_a_state_that_cannot_be_opened_just_now_is_not_taken_for_none(store: Cli
 def test_the_folder_of_references_is_no_client(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="and not 'references'"):
         ClientStore(tmp_path, TRAINING, REFERENCES_DIR)
+
+
+def test_clients_that_commit_at_the_same_time_do_not_get_in_each_others_way(tmp_path: Path) -> None:
+    children = []
+    for client in range(4):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                store = ClientStore(tmp_path, "0123456789abcdef", f"{client:05d}")
+                state = store.load() or replace(STATE, generation=0)
+                for version in range(150):
+                    lineage = version.to_bytes(32, "little")
+                    state = store.commit(replace(state, version=version, lineage=lineage))
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    for client in range(4):
+        loaded = ClientStore(tmp_path, "0123456789abcdef", f"{client:05d}").load()
+        assert loaded is not None
+        assert loaded.version == 149

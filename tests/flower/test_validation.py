@@ -27,6 +27,7 @@ def primed(
     bound.begin()
     for norm in norms:
         bound.admit(update(norm))
+    bound.counted()
     return bound
 
 
@@ -93,7 +94,29 @@ def test_a_rejected_update_does_not_move_the_bound() -> None:
     bound = primed([1.0] * 6)
     for _ in range(50):
         bound.begin()
-        assert not admitted(bound, 6.0)
+        assert [admitted(bound, norm) for norm in (1.0, 6.0, 1.0)] == [True, False, True]
+        bound.counted()
+
+
+def test_updates_of_a_round_that_did_not_count_are_forgotten() -> None:
+    bound = primed([1.0] * 6)
+    for _ in range(50):
+        bound.begin()
+        assert admitted(bound, 4.0)  # and the round is skipped
+    bound.begin()
+    assert not admitted(bound, 6.0)
+
+
+def test_when_most_of_a_round_is_too_long_the_next_one_judges_itself() -> None:
+    bound = primed([1.0] * 20)
+    bound.begin()
+    assert [admitted(bound, norm) for norm in (9.0, 9.5, 10.0, 1.0)] == [False, False, False, True]
+    again = NormBound(5.0, "reject")
+    again.restore(bound.saved())
+    for one in (bound, again):
+        assert one.needs_norms
+        one.begin([9.0, 9.5, 10.0, 100.0])
+        assert [admitted(one, norm) for norm in (9.0, 9.5, 10.0, 100.0)] == [True, True, True, False]
 
 
 @given(st.floats(5.1, 1e6))
@@ -121,6 +144,8 @@ def test_clipping_lets_the_bound_follow_clients_whose_updates_grow() -> None:
         bound.begin()
         for _ in range(6):
             bound.admit(update(20.0))
+        bound.counted()
+    bound.begin()
     assert norm_of(bound.admit(update(20.0))) == pytest.approx(20.0)
 
 
@@ -169,9 +194,7 @@ def test_a_restored_bound_judges_as_the_saved_one() -> None:
 
 
 def test_old_norms_are_forgotten() -> None:
-    bound = primed([1.0] * 128)
-    for _ in range(65):
-        bound.admit(update(100.0))  # the same round: nothing is judged
+    bound = primed([1.0] * 128 + [100.0] * 65)  # one round: nothing is judged
     bound.begin()
     assert admitted(bound, 499.0)
 

@@ -38,6 +38,7 @@ class Fault:
         overrides: of the experiment.
         num_late: clients that are not there at first.
         everyone: in the rounds of the fault every client is a victim.
+        committed: the client kept what it was sent, so that nothing may be sent to it again.
         rounds: in which there is a victim.
         prepare: gives `absent` or `begun_again` for the final check.
     """
@@ -52,6 +53,7 @@ class Fault:
     overrides: tuple[str, ...] = ()
     num_late: int = 0
     everyone: bool = False
+    committed: bool = False
     rounds: tuple[int, ...] = (2, 4)
     prepare: Callable[[World], dict[str, set[str]]] | None = None
 
@@ -135,6 +137,11 @@ def all_largest(data: bytes) -> bytes:
     return data[:4] + np.full(numbers // 2, 32767, "<i2").tobytes() + data[4 + numbers :]
 
 
+def wild_statistics(data: bytes) -> bytes:
+    """The parameters stay; means and variances of the batch normalisation as far away as float32 goes."""
+    return data[: -4 * 16] + np.full(16, -3e38, "<f4").tobytes()
+
+
 def archive(reply: Message) -> None:
     buffer = BytesIO()
     np.savez(buffer, payload=np.zeros(3, np.uint8))
@@ -209,7 +216,9 @@ def damaged(name: str, damage: Callable[[bytes], bytes]) -> Act:
     def act(world: World, message: Message, context: Context, work: Call) -> Message:
         if (directory_of(world, message, context) / PREVIOUS_FILE).exists():
             note(world, "had a copy", context)
+        world.memory["struck"] -= 1
         for path in directory_of(world, message, context).glob(name):
+            world.memory["struck"] += 1
             data = damage(path.read_bytes())
             path.unlink()  # or a file that others link to would be damaged with it
             path.write_bytes(data)
@@ -336,7 +345,7 @@ def restarted_beside_its_ghost(world: World, number: int) -> None:
 
 
 def joins_late(world: World, number: int) -> None:
-    if number == 3:
+    if number == 6:
         world.grid.add_node(world.experiment.num_clients - 1)
 
 
@@ -366,6 +375,24 @@ def gone_when_asked(world: World, number: int) -> None:
 
 def every_client_fails(world: World, message: Message, context: Context, work: Call) -> Message:
     raise RuntimeError("power cut")
+
+
+def every_name_of_node_0(world: World) -> dict[str, set[str]]:
+    names = {row["node"] for row in world.rows("message") if row["node"].startswith("name")} | {"00000", "00001"}
+    return {"absent": names, "begun_again": names}
+
+
+def changes_its_name(world: World, message: Message, context: Context, work: Call) -> Message:
+    """One node says another name at each hello, the first one that of an honest client."""
+    reply = work()
+    if context.node_config["partition-id"] != 0:
+        return reply
+    note(world, "absent", context)
+    note(world, "begun_again", context)
+    said = world.memory["said"] = world.memory.get("said", 0) + 1
+    truth = HelloReply.from_records(reply.content)
+    name = "00001" if said == 1 else f"name{said}"
+    return Message(replace(truth, client_key=name, num_examples=1).to_records(), reply_to=message)
 
 
 def hello_raises_once(world: World, message: Message, context: Context, work: Call) -> Message:
@@ -405,15 +432,8 @@ def other_version_0(world: World, message: Message, context: Context, work: Call
     return reply
 
 
-def always_forgets(world: World, message: Message, context: Context, work: Call) -> Message:
-    """It trains well, fails, and asks for everything again, every time."""
-    if context.node_config["partition-id"] == 0:
-        note(world, "begun_again", context)
-        shutil.rmtree(directory_of(world, message, context))
-    return work()
-
-
 def fails_and_forgets(world: World, message: Message, context: Context, work: Call) -> Message:
+    """It trains well, fails, and asks for everything again, every time."""
     instruction = Instruction.from_records(message.content)
     reply = work()
     shutil.rmtree(directory_of(world, message, context))
@@ -428,18 +448,24 @@ EVERY_ROUND = tuple(range(1, 100))
 
 FAULTS = [
     Fault("client raises before it trains", "error", raises),
-    Fault("client raises after it committed: the reply is lost", "error", raises_after),
+    Fault("client raises after it committed: the reply is lost", "error", raises_after, committed=True),
     Fault("client dies: Flower answers for it", "error", dies),
     Fault("error without a reason", "error", silent_error),
-    Fault("client raises; asked again in the same round", "error", raises_after, overrides=("server.num_attempts=2",)),
+    Fault(
+        "client raises; asked again in the same round",
+        "error",
+        raises_after,
+        overrides=("server.num_attempts=2",),
+        committed=True,
+    ),
     Fault("client hangs past the timeout and never answers", "silent", on_reply=held(100), prepare=victims_absent),
     Fault("client hangs past the timeout and answers two rounds later", "late", on_reply=held(2), rounds=(2,)),
-    Fault("reply truncated", "payload", payload(lambda data: data[:-3], honest_checksum=True)),
-    Fault("reply with a flipped bit", "payload", payload(flipped, honest_checksum=True)),
-    Fault("truncated by a liar", "payload", payload(lambda data: data[:-3])),
-    Fault("too many values", "payload", payload(lambda data: data + bytes(8))),
-    Fault("no values at all", "payload", payload(lambda data: b"\0")),
-    Fault("NaN in the payload", "payload", payload(lambda data: data[:-4] + NAN)),
+    Fault("reply truncated", "payload", payload(lambda data: data[:-3], honest_checksum=True), committed=True),
+    Fault("reply with a flipped bit", "payload", payload(flipped, honest_checksum=True), committed=True),
+    Fault("truncated by a liar", "payload", payload(lambda data: data[:-3]), committed=True),
+    Fault("too many values", "payload", payload(lambda data: data + bytes(8)), committed=True),
+    Fault("no values at all", "payload", payload(lambda data: b"\0"), committed=True),
+    Fault("NaN in the payload", "payload", payload(lambda data: data[:-4] + NAN), committed=True),
     Fault(
         "ranks too large",
         "payload",
@@ -448,17 +474,25 @@ FAULTS = [
     ),
     Fault("an update a thousand times too long", "norm", payload(all_largest), rounds=(4,)),
     Fault("an update too long in the first round", "norm", payload(all_largest), rounds=(1,)),
-    Fault("negative num-examples", "malformed", metric("num-examples", -5)),
-    Fault("absurd num-examples", "malformed", metric("num-examples", 10**9)),
-    Fault("infinite metric", "malformed", metric("s.accuracy", float("inf"))),
-    Fault("unknown metric", "malformed", metric("s.[bold]", 1.0)),
-    Fault("reply without metrics", "malformed", changed(lambda reply: reply.content.pop("metrics"))),
-    Fault("reply without a payload", "malformed", changed(lambda reply: reply.content.pop("arrays"))),
-    Fault("an archive in place of an array", "malformed", changed(archive)),
-    Fault("a pickle in place of an array", "malformed", changed(pickled)),
-    Fault("reply for an old version", "stale", metric("version", 0)),
-    Fault("reply from another lineage", "stale", metric("lineage", 12345)),
-    Fault("reply to another attempt", "stale", metric("attempt", 7)),
+    Fault("statistics of batch normalisation out of all bounds", "norm", payload(wild_statistics), rounds=(1, 2, 4)),
+    Fault(
+        "the same with the median",
+        "norm",
+        payload(wild_statistics),
+        rounds=(2, 4),
+        overrides=("server.aggregator.name=fedmedian",),
+    ),
+    Fault("negative num-examples", "malformed", metric("num-examples", -5), committed=True),
+    Fault("absurd num-examples", "malformed", metric("num-examples", 10**9), committed=True),
+    Fault("infinite metric", "malformed", metric("s.accuracy", float("inf")), committed=True),
+    Fault("unknown metric", "malformed", metric("s.[bold]", 1.0), committed=True),
+    Fault("reply without metrics", "malformed", changed(lambda reply: reply.content.pop("metrics")), committed=True),
+    Fault("reply without a payload", "malformed", changed(lambda reply: reply.content.pop("arrays")), committed=True),
+    Fault("an archive in place of an array", "malformed", changed(archive), committed=True),
+    Fault("a pickle in place of an array", "malformed", changed(pickled), committed=True),
+    Fault("reply for an old version", "stale", metric("version", 0), committed=True),
+    Fault("reply from another lineage", "stale", metric("lineage", 12345), committed=True),
+    Fault("reply to another attempt", "stale", metric("attempt", 7), committed=True),
     Fault("reply of an earlier round replayed", "stale", replayed, on_reply=remember_reply, rounds=(2, 3, 4)),
     Fault("reply delivered twice", None, on_reply=doubled),
     Fault("reply from a node that was never asked", None, on_reply=stray),
@@ -482,7 +516,14 @@ FAULTS = [
         prepare=noted("begun_again"),
     ),
     Fault("shared model on the client's disk torn", "error", damaged("reference-*", torn)),
-    Fault("copy before the last state torn", None, damaged(PREVIOUS_FILE, torn)),
+    Fault(
+        "copy before the last state torn",
+        None,
+        damaged(PREVIOUS_FILE, torn),
+        rounds=(4, 5, 6, 7),
+        everyone=True,
+        committed=True,
+    ),
     Fault("disk lost", "its private model restarts from version 0", lost, prepare=noted("begun_again")),
     Fault(
         "machine restored from a backup",
@@ -503,15 +544,24 @@ FAULTS = [
     Fault("client restarts under another node id", None, after_round=restarted),
     Fault("client restarts beside its own ghost", "a second live node", after_round=restarted_beside_its_ghost),
     Fault(
-        "new client in the fourth round",
+        "new client in round 7",
         None,
         after_round=joins_late,
-        overrides=("server.min_available=2",),
+        overrides=("server.min_available=2", "num_rounds=9"),
         num_late=1,
     ),
     Fault("two live nodes claim one name", "a second live node", after_round=two_claim_one_name),
     Fault("client away for two rounds", None, after_round=away_for_two_rounds),
     Fault("node gone between choice and message", "unsent", on_round=gone_when_asked),
+    Fault(
+        "a node says another name at every hello",
+        "error",
+        raises,
+        on_hello=changes_its_name,
+        rounds=EVERY_ROUND,
+        overrides=("server.min_available=2",),
+        prepare=every_name_of_node_0,
+    ),
     Fault("hello raises once", None, on_hello=hello_raises_once),
     Fault("hello names a path", None, on_hello=hello_garbage),
     Fault(

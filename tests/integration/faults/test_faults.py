@@ -50,4 +50,5 @@ def test_fault(
             assert fault.noticed in kinds or any(fault.noticed in event for event in events), (kinds, events)
         assert world.rows("end")[0]["status"] == "completed"
         assert not bomb.exists()
-        world.check(**(fault.prepare(world) if fault.prepare else {}))
+        assert fault.act is None or world.memory["struck"] > 0, "the fault did not happen"
+        world.check(never_twice=fault.committed, **(fault.prepare(world) if fault.prepare else {}))

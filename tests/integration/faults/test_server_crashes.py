@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Context, Message
 
 import client_app
 from fedkd_flwr.experiment import Experiment
@@ -22,7 +23,7 @@ from fedkd_flwr.flower.reference import Reference
 from fedkd_flwr.flower.store import ClientStore
 from fedkd_flwr.measure.ledger import LEDGER_FILE
 from tests.conftest import small
-from tests.integration.faults.world import ALL_OF_4, SIX_OF_20, World, experiment_of, small_world
+from tests.integration.faults.world import ALL_OF_4, SIX_OF_20, Call, World, experiment_of, small_world
 
 Hook = Callable[[pytest.MonkeyPatch], None]
 
@@ -143,6 +144,33 @@ def test_a_killed_run_resumes_to_the_bytes_of_an_uninterrupted_one(
     numbers = [row["round"] for row in broken.rows("round")]
     assert numbers == list(range(broken.experiment.num_rounds + 1))
     assert broken.rows("end")[-1]["status"] == "completed"
+
+
+def flaky(world: World, message: Message, context: Context, work: Call) -> Message:
+    """Fails by round and name, in a third of all cases: half of them before it committed, half of them after."""
+    chance = random.Random(f"{world.grid.round} {context.node_config['partition-id']}").random()
+    if chance < 1 / 6:
+        raise RuntimeError("before it committed")
+    reply = work()
+    if chance < 1 / 3:
+        raise ConnectionError("after it committed")
+    return reply
+
+
+@pytest.mark.parametrize("killed_round", [3, 5, 6])
+def test_a_round_that_was_interrupted_asks_the_same_clients_again(
+    killed_round: int, worlds: Callable[..., World]
+) -> None:
+    def world(name: str) -> World:
+        made = worlds(name, *SIX_OF_20, "server.max_resyncs_per_round=1")
+        made.act, made.everyone, made.rounds = flaky, True, tuple(range(1, 8))
+        return made
+
+    whole, broken = world("whole").run(), world("broken")
+    run_until_killed(broken, on_call(Exchange, "aggregate_train", killed_round, before=True))
+    broken.run(resume=True)
+    assert [row["sampled"] for row in broken.rows("round")] == [row["sampled"] for row in whole.rows("round")]
+    same_end(whole, broken)
 
 
 def test_a_run_killed_again_and_again_arrives(worlds: Callable[..., World]) -> None:

@@ -99,7 +99,7 @@ class World:
     victims: dict[int, int] = field(default_factory=dict)  # round -> node id
     trained: dict[tuple[str, int], Arrays] = field(default_factory=dict)  # (client, round) -> upload of the last reply
     replies: dict[tuple[str, int], bytes] = field(default_factory=dict)  # (client, round) -> its payload
-    given: dict[str, list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
+    given: dict[str, list[tuple[int, int, int, int]]] = field(default_factory=lambda: defaultdict(list))
     broadcasts: list[Arrays] = field(default_factory=list)
     memory: dict[str, Any] = field(default_factory=dict)  # for a fault's own use
 
@@ -151,6 +151,7 @@ class World:
         hit = self.victims.get(instruction.server_round)
         if self.act is None or hit is None or (hit != context.node_id and not self.everyone):
             return self._work(message, context, instruction)
+        self.memory["struck"] = self.memory.get("struck", 0) + 1
         return self.act(self, message, context, lambda: self._work(message, context, instruction))
 
     def _work(self, message: Message, context: Context, instruction: Instruction) -> Message:
@@ -195,17 +196,18 @@ class World:
 
     # What must hold
 
-    def check(self, *, absent: Iterable[str] = (), begun_again: Iterable[str] = ()) -> None:
+    def check(self, *, absent: Iterable[str] = (), begun_again: Iterable[str] = (), never_twice: bool = False) -> None:
         """Everything that no fault may break.
 
         Args:
             absent: clients that the fault keeps out for good.
             begun_again: clients whose codec state was lost, so that what was pending for them is gone.
+            never_twice: whether clients kept all that they were sent, so that nothing may be sent again at all.
         """
         self._same_student(set(absent))
         self._every_update_counted_once(set(begun_again))
         self._nothing_lost_on_the_way_down()
-        self._nothing_sent_twice()
+        self._nothing_sent_twice(never_twice)
         self._every_byte_booked()
 
     def _same_student(self, absent: set[str]) -> None:
@@ -259,18 +261,19 @@ class World:
             given = sum((update[name].astype(np.float64) for update in self.broadcasts), np.zeros(first.shape))
             assert np.allclose(applied + residual[name], given, atol=1e-5), name
 
-    def _nothing_sent_twice(self) -> None:
-        """A payload goes to a client again only after a failure since it went there first."""
+    def _nothing_sent_twice(self, never: bool) -> None:
+        """A version goes to a client again only after a failure since it went there first."""
         failed = defaultdict(set)
         for item in self.rejected():
             failed[item["client"]].add(item["round"])
         for key, given in self.given.items():
             sent: dict[int, int] = {}  # version -> round in which it was sent last
-            for number, first, last in given:
+            for number, attempt, first, last in given:
                 for version in range(first, last + 1):
                     before = sent.get(version)
                     if before is not None:
-                        assert any(before <= failure <= number for failure in failed[key]), (key, version, number)
+                        failures = failed[key] & ({*range(before, number)} | ({number} if attempt > 1 else set()))
+                        assert failures and not never, (key, version, number)
                     sent[version] = number
 
     def _every_byte_booked(self) -> None:
@@ -343,8 +346,9 @@ class FaultyGrid(LocalGrid):
         instruction = Instruction.from_records(message.content)
         context = self._contexts[message.metadata.dst_node_id]
         key = f"{context.node_config['partition-id']:05d}"
-        if instruction.payloads:
-            given = (instruction.server_round, instruction.base_version + 1, instruction.version)
+        first = instruction.base_version + 1 if instruction.payloads else instruction.version
+        if instruction.payloads or instruction.snapshot is not None:
+            given = (instruction.server_round, instruction.attempt, first, instruction.version)
             self._world.given[key].append(given)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
