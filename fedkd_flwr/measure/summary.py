@@ -15,6 +15,16 @@ FLOAT_BYTES = 4
 BOTH_WAYS = 2
 
 
+def without_repeats(rows: Iterable[Row]) -> list[Row]:
+    """The rows, without those of rounds that a resumed run did once more because their checkpoint was lost."""
+    kept: list[Row] = []
+    for row in rows:
+        if row["kind"] == "resume":
+            kept = [earlier for earlier in kept if earlier["kind"] != "round" or earlier["round"] <= row["round"]]
+        kept.append(row)
+    return kept
+
+
 def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     """The summary of a run, from its ledger alone.
 
@@ -31,7 +41,7 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     spread: dict[str, Any] = {}
     rejected: dict[str, int] = {}
     stopped_early = ""
-    for row in rows:
+    for row in without_repeats(rows):
         if row["kind"] == "start":
             start = row
         elif row["kind"] == "message":

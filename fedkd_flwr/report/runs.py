@@ -7,7 +7,7 @@ from typing import Any
 
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
 from fedkd_flwr.measure.metrics import last_mean
-from fedkd_flwr.measure.summary import summarise
+from fedkd_flwr.measure.summary import summarise, without_repeats
 from fedkd_flwr.report.figures import Curve, draw_curves
 from fedkd_flwr.report.table import COLUMNS, markdown_table
 
@@ -91,7 +91,7 @@ def read_run(directory: Path) -> RunResult:
     Raises:
         FileNotFoundError: if it holds no ledger.
     """
-    rows = tuple(read_rows(directory / LEDGER_FILE))
+    rows = tuple(without_repeats(read_rows(directory / LEDGER_FILE)))
     return RunResult(directory, summarise(rows), rows)
 
 

@@ -281,3 +281,16 @@ def test_a_run_that_stopped_early_and_went_on_did_not_stop_early() -> None:
     stopped = FINAL | {"stopped_early": "enough"}
     rows = [START, ROUND_1, stopped, END, resumption(3), ROUND_2, FINAL | {"stopped_early": ""}, END]
     assert summarise(rows)["stopped_early"] is None
+
+
+def test_a_round_done_twice_counts_once_and_its_messages_twice() -> None:
+    first = measured("round", 1.0, {"shared_global": {"accuracy": 0.1}}, encode=1.0) | {
+        "rejected": [{"client": "a", "kind": "late", "reason": ""}]
+    }
+    again = measured("round", 2.0, {"shared_global": {"accuracy": 0.2}}, encode=3.0)
+    sent = message("uplink", "train", 100)
+    found = summarise([START, sent, first, resumption(2) | {"round": 0}, sent, again])
+    assert found["metrics"]["shared_global"] == {"accuracy": 0.2}
+    assert found["seconds"]["encode"] == 3.0
+    assert found["rejected"] == {}
+    assert found["bytes"]["uplink"] == 200

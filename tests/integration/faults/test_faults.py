@@ -2,12 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 
 import pytest
+from flwr.app import Context, Message
 
-from tests.integration.faults.table import FAULTS, Fault
-from tests.integration.faults.world import ALL_OF_4, SIX_OF_20, World, experiment_of, small_world
+from tests.integration.faults.table import FAULTS, Fault, lost_at_random
+from tests.integration.faults.world import ALL_OF_4, SIX_OF_20, Call, World, experiment_of, small_world
 
 COHORT_NAMES = {ALL_OF_4: "4 of 4", SIX_OF_20: "6 of 20"}
 
@@ -52,3 +55,31 @@ def test_fault(
         assert not bomb.exists()
         assert fault.act is None or world.memory["struck"] > 0, "the fault did not happen"
         world.check(never_twice=fault.committed, **(fault.prepare(world) if fault.prepare else {}))
+
+
+def accuracies(world: World) -> list[float]:
+    return [row["metrics"]["shared_global"]["accuracy"] for row in world.rows("round")]
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_lost_replies_and_clients_that_return_leave_the_accuracy_where_it_was(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(world: World, message: Message, context: Context, work: Call) -> Message:
+        reply = work()
+        if context.node_config["partition-id"] in (0, 1, 2) and 6 <= world.grid.round < 14:
+            raise ConnectionError("lost on the way, eight times in a row")
+        return reply
+
+    with small_world(monkeypatch):
+        experiment = experiment_of("num_clients=10", "num_rounds=25", f"seed={seed}")
+        worlds = [
+            World(tmp_path / str(number), experiment, act=act, everyone=True, rounds=tuple(range(1, 26)))
+            for number, act in enumerate((None, lost_at_random, away))
+        ]
+        whole, lost, returning = (accuracies(world.run()) for world in worlds)
+        for world in worlds:
+            world.check(never_twice=True)
+    assert mean(lost[-10:]) >= mean(whole[-10:]) - 0.01
+    assert mean(returning[-10:]) >= mean(whole[-10:]) - 0.01
+    assert max(before - after for before, after in pairwise(returning[13:])) <= 0.03
