@@ -159,9 +159,8 @@ class Exchange(Strategy):
     ) -> list[Message]:
         """Bring every client to the last version and let it score."""
         self._round = self._new_round(server_round)
-        return self._instruct(
-            self._reception.gather(grid, self._round, len(self._roster.all()), present=True), EVALUATE, attempt=1
-        )
+        num_known = sum(seat.replied_round > 0 for seat in self._roster.all())  # a name alone is not waited for
+        return self._instruct(self._reception.gather(grid, self._round, num_known, present=True), EVALUATE, attempt=1)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Take the final scores."""
@@ -173,7 +172,7 @@ class Exchange(Strategy):
     def _connect(self, grid: Grid) -> None:
         num_clients = self._runtime.experiment.num_clients
         if self._row:  # a resumed run: whoever took part before may come back, but need not
-            self._reception.gather(grid, self._round, len(self._roster.all()))
+            self._reception.gather(grid, self._round, min(num_clients, len(self._roster.all())))
             return
         wanted = self._options.min_available or num_clients
         remedy = (

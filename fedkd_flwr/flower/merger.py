@@ -74,7 +74,7 @@ class Merger:
             self._buffers.add(buffers, 1.0)
             self._next_states[client_key] = state
             current.timed("aggregate", started)
-        current.num_clipped = self._bound.num_clipped
+        current.num_clipped = max(self._bound.num_clipped, self._buffer_bound.num_clipped)
         return len(self._next_states)
 
     def result(self) -> dict[str, Array]:
@@ -140,5 +140,5 @@ class Merger:
                 upload = self._decode(client_key, reply.payload)[0]
                 buffers = {name: upload[name] for name in self._buffer_names}
                 yield norm_of(self._parameters(upload)), norm_of(buffers)
-            except Exception:
+            except Exception:  # it is decoded again when it is its turn, and rejected with the reason then
                 continue

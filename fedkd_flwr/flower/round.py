@@ -43,7 +43,7 @@ class Round:
         trains: whether it asks for training, not for scores alone.
         accepted: good replies, by client key.
         rejected: every other outcome.
-        num_clipped: accepted updates that were scaled down to what is believed.
+        num_clipped: accepted updates, of parameters or of buffers, that were scaled down to what is believed.
         seconds: by name, summed over clients and server.
         payload_bytes: of the broadcast.
     """
