@@ -15,7 +15,8 @@ from pydantic_core import ErrorDetails
 
 from fedkd_flwr.algorithms import ALGORITHMS, Algorithm, AlgorithmOptions
 from fedkd_flwr.compressors import COMPRESSORS, CompressorOptions
-from fedkd_flwr.core.protocols import Task
+from fedkd_flwr.core.arrays import Spec
+from fedkd_flwr.core.protocols import Codec, Direction, Task
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.server_options import ServerOptions
 from fedkd_flwr.tasks import TASKS, TaskOptions
@@ -71,7 +72,7 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     output_dir: str = Field("results", min_length=1)
     task: AnyTask
     algorithm: AnyAlgorithm
-    compressor: AnyCompressor = Field(default_factory=COMPRESSORS["identity"])
+    compressor: AnyCompressor = Field(default_factory=COMPRESSORS["transform_coding"])
     server: ServerOptions = ServerOptions()
 
     @property
@@ -105,6 +106,17 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             return self.algorithm.build(task, derive_seed(self.seed, "models"))
         except (ValueError, RuntimeError, MemoryError) as error:  # torch says RuntimeError when memory is short
             raise ConfigError(_one_line(str(error)) or "not enough memory for the models") from error
+
+    def build_codec(self, spec: Spec, direction: Direction) -> Codec:
+        """The codec of one direction; a robust aggregator may ask for another one up than down.
+
+        Raises:
+            ConfigError: if the options don't fit these tensors.
+        """
+        try:
+            return self.compressor.build_for(spec, direction, linear=not self.server.aggregator.robust)
+        except ValueError as error:
+            raise ConfigError(_one_line(str(error))) from error
 
     def to_yaml(self) -> str:
         """The resolved experiment, every default written out; `parse` reads it back to an equal one."""
@@ -238,6 +250,8 @@ def _describe(detail: ErrorDetails) -> str:
         message = "a whole number" if kind.startswith("int_") else "a number"
     elif kind.startswith("bool_"):
         message = "true or false"
+    elif kind in ("tuple_type", "list_type"):
+        message = "a list"
     elif kind == "invalid_key":
         message = "text, as every key"
     allowed = message.removeprefix("Input should be ").removeprefix("a valid ")

@@ -22,11 +22,11 @@ from torch import nn
 
 from fedkd_flwr.core.arrays import Arrays, Spec, apply_update, difference
 from fedkd_flwr.core.modules import exchanged_spec, read_arrays, write_arrays
-from fedkd_flwr.core.protocols import ClientData, Codec, Examples, Models, Task
+from fedkd_flwr.core.protocols import ClientData, Codec, Direction, Examples, Models, Task
 
 Exchanges = Literal["updates", "outputs", "nothing"]
 Metrics = Mapping[str, float]
-MakeCodec = Callable[[Spec], Codec]
+MakeCodec = Callable[[Spec, Direction], Codec]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +162,8 @@ class SharedModel:
         return self._initial
 
     def wires(self, make_codec: MakeCodec) -> Wires | None:
-        """The user's codec, both ways."""
-        codec = make_codec(self._spec)
-        return Wires(uplink=codec, downlink=codec)
+        """The user's codec, each way."""
+        return Wires(make_codec(self._spec, "uplink"), make_codec(self._spec, "downlink"))
 
     def apply(self, shared: Arrays, broadcast: Arrays) -> Arrays:
         """The model moved by the decoded mean update."""

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from fedkd_flwr.compressors.base import CompressorOptions
-from fedkd_flwr.compressors.payload import Dense, pack, to_arrays, unpack
+from fedkd_flwr.compressors.payload import Dense, Parts, pack, to_arrays, unpack
 from fedkd_flwr.core.arrays import Arrays, Spec, require_finite
 
 CODEC_ID = 0
@@ -36,7 +36,8 @@ class IdentityCodec:
             ValueError: if the update holds a NaN or an infinity.
         """
         require_finite(update)
-        return pack(self.spec, {tensor.name: Dense(update[tensor.name]) for tensor in self.spec}, CODEC_ID), state
+        parts = Parts({tensor.name: Dense(update[tensor.name]) for tensor in self.spec})
+        return pack(self.spec, parts, CODEC_ID), state
 
     def decode(self, payload: bytes, state: Arrays) -> tuple[Arrays, Arrays]:
         """The update, bit for bit."""

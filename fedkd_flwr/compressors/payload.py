@@ -3,12 +3,14 @@
 Both ends know the names and shapes of the tensors (the spec), so the wire holds neither. Little-endian:
 
     magic "FKD" | format version u8 | codec id u8 | spec digest, 8 bytes
-    for each tensor: form u8, and for a factored one its rank as a varint
-    factors of every factored tensor in order (left [rows, K], then right [K, cols])
-    values of every dense tensor in order
+    for each tensor: form u8; for a factored one its rank, for a sparse one its count, as a varint
+    numbers of a fixed width, of every tensor in order (`numbers.py`)
+    if any tensor is coded: the step, float32
+    positions of every sparse tensor, then all coded tensors (`coded.py`)
 
-The exact length follows from the header and is checked before anything is allocated. Bytes from another machine are
-only ever read as numbers.
+The length of everything at a fixed width follows from the table and is checked before anything is allocated; what is
+coded can't ask for more than twice as many integers as its tensors have elements. Bytes from another machine are only
+ever read as numbers.
 """
 
 from collections.abc import Mapping
@@ -19,14 +21,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkd_flwr.compressors.coded import Coded, CodedDense, CodedFactored, Shape, read_coded, to_matrix, write_coded
+from fedkd_flwr.compressors.numbers import (
+    Floats,
+    NumbersError,
+    Precision,
+    num_bytes,
+    num_bytes_of_scaled_columns,
+    read_numbers,
+    read_scaled_columns,
+    write_numbers,
+    write_scaled_columns,
+)
 from fedkd_flwr.core.arrays import Array, Spec, TensorSpec, spec_digest
-from fedkd_flwr.core.low_rank import Matrix, matrix_shape, multiply
+from fedkd_flwr.core.entropy_coding import BitReader, BitWriter, CodingError, read_flags, write_flags
+from fedkd_flwr.core.low_rank import matrix_shape, multiply
 
 MAGIC = b"FKD"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER_BYTES = len(MAGIC) + 2 + 8
-_FLOAT = np.dtype("<f4")
-_MAX_VARINT_BYTES = 5  # ranks fit 32 bits
+_STEP = np.dtype("<f4")
+_MAX_VARINT_BYTES = 5  # ranks and counts fit 32 bits
 
 
 class PayloadError(ValueError):
@@ -38,7 +53,18 @@ class Form(IntEnum):
 
     ZERO = 0
     DENSE_FLOAT32 = 1
+    DENSE_FLOAT16 = 2
+    DENSE_INT8 = 3
+    DENSE_INT4 = 4
     FACTORED_FLOAT32 = 5
+    FACTORED_FLOAT16 = 6
+    FACTORED_INT8 = 7
+    FACTORED_INT4 = 8
+    SPARSE_FLOAT16 = 9
+    CODED_DENSE = 10
+    CODED_FACTORED = 11
+    CODED_DENSE_ROWS = 12
+    CODED_FACTORED_ROWS = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +74,73 @@ class Zero:
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """All values of a tensor, float32, in its own shape."""
+    """All values of a tensor, in its own shape."""
 
-    values: NDArray[np.float32]
+    values: NDArray[Any]
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True, slots=True)
 class Factored:
     """left @ right, with left [rows, K] and right [K, cols] of the tensor's matrix shape."""
 
-    left: Matrix
-    right: Matrix
+    left: NDArray[Any]
+    right: NDArray[Any]
+    precision: Precision = "float32"
 
 
-Part = Zero | Dense | Factored
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """Some values of a tensor, float16, and where they are: one flag for each element, in the order of memory."""
+
+    values: NDArray[Any]
+    chosen: NDArray[np.bool_]
 
 
-def pack(spec: Spec, parts: Mapping[str, Part], codec_id: int) -> bytes:
+Part = Zero | Dense | Factored | Sparse | CodedDense | CodedFactored
+
+_DENSE: dict[Precision, Form] = {
+    "float32": Form.DENSE_FLOAT32,
+    "float16": Form.DENSE_FLOAT16,
+    "int8": Form.DENSE_INT8,
+    "int4": Form.DENSE_INT4,
+}
+_FACTORED: dict[Precision, Form] = {
+    "float32": Form.FACTORED_FLOAT32,
+    "float16": Form.FACTORED_FLOAT16,
+    "int8": Form.FACTORED_INT8,
+    "int4": Form.FACTORED_INT4,
+}
+_DENSE_PRECISION = {form: precision for precision, form in _DENSE.items()}
+_FACTORED_PRECISION = {form: precision for precision, form in _FACTORED.items()}
+_CODED_FACTORED = (Form.CODED_FACTORED, Form.CODED_FACTORED_ROWS)
+_CODED = (Form.CODED_DENSE, Form.CODED_DENSE_ROWS, *_CODED_FACTORED)
+_WITH_COUNT = (*_FACTORED_PRECISION, Form.SPARSE_FLOAT16, *_CODED_FACTORED)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """One update, part by part.
+
+    Attributes:
+        by_name: one part for each tensor.
+        step: of all coded parts.
+    """
+
+    by_name: Mapping[str, Part]
+    step: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One line of the table."""
+
+    tensor: TensorSpec
+    form: Form
+    count: int = 0  # rank, or number of values of a sparse tensor
+
+
+def pack(spec: Spec, parts: Parts, codec_id: int) -> bytes:
     """Write the parts of one update.
 
     Args:
@@ -75,55 +151,64 @@ def pack(spec: Spec, parts: Mapping[str, Part], codec_id: int) -> bytes:
     Raises:
         ValueError: if dense values have another shape than their tensor.
     """
-    table = bytearray()
-    factors: list[bytes] = []
-    dense: list[bytes] = []
+    table, fixed = bytearray(), []
+    sparse = BitWriter()
+    coded: list[Coded] = []
     for tensor in spec:
-        part = parts[tensor.name]
-        if isinstance(part, Factored):
-            table.append(Form.FACTORED_FLOAT32)
-            table += _varint(part.left.shape[1])
-            factors += [_bytes(part.left), _bytes(part.right)]
+        part = parts.by_name[tensor.name]
+        if isinstance(part, Dense) and part.values.shape != tensor.shape:
+            raise ValueError(f"tensor {tensor.name!r} has shape {tensor.shape}, got values of {part.values.shape}")
+        form, count = _form_of(part)
+        table.append(form)
+        if form in _WITH_COUNT:
+            table += _varint(count)
+        if isinstance(part, Sparse):
+            fixed.append(write_numbers(part.values, "float16"))
+            write_flags(part.chosen, sparse)
         elif isinstance(part, Dense):
-            table.append(Form.DENSE_FLOAT32)
-            if part.values.shape != tensor.shape:
-                raise ValueError(f"tensor {tensor.name!r} has shape {tensor.shape}, got values of {part.values.shape}")
-            dense.append(_bytes(part.values))
-        else:
-            table.append(Form.ZERO)
+            fixed.append(write_numbers(part.values, part.precision))
+        elif isinstance(part, Factored):
+            fixed.append(_write_factors(part))
+        elif isinstance(part, CodedDense | CodedFactored):
+            coded.append(part)
     header = MAGIC + bytes([FORMAT_VERSION, codec_id]) + spec_digest(spec)
-    return b"".join([header, bytes(table), *factors, *dense])
+    step = np.array(parts.step, _STEP).tobytes() if coded else b""
+    positions = sparse.to_bytes()
+    if coded and positions:
+        raise ValueError("one payload holds sparse or coded tensors, not both")
+    return b"".join([header, bytes(table), *fixed, step, positions, write_coded(coded)])
 
 
-def unpack(payload: bytes, spec: Spec, codec_id: int) -> dict[str, Part]:
+def unpack(payload: bytes, spec: Spec, codec_id: int) -> Parts:
     """Read what `pack` wrote.
 
     Raises:
         PayloadError: for anything else: another magic, version, codec or spec, an unknown form, a rank that the
-            tensor can't have, a length other than the header asks for, a number that is not finite.
+            tensor can't have, a length other than the header asks for, a number that is not finite, bits that stand for
+            nothing.
     """
     _check_header(payload, spec, codec_id)
-    forms, offset = _read_table(payload, spec)
-    expected = offset + sum(_FLOAT.itemsize * _num_values(tensor, form, rank) for tensor, form, rank in forms)
-    if len(payload) != expected:
+    entries, offset = _read_table(payload, spec)
+    sizes = [_fixed_bytes(entry) for entry in entries]
+    open_ended = any(entry.form in _CODED or entry.form is Form.SPARSE_FLOAT16 for entry in entries)
+    expected = offset + sum(sizes)
+    if len(payload) < expected or (len(payload) > expected and not open_ended):
         raise PayloadError(f"payload must have {expected} bytes for its forms and ranks, got {len(payload)}")
-    parts: dict[str, Part] = {}
-    for tensor, form, rank in forms:
-        if form is Form.FACTORED_FLOAT32:
-            rows, cols = _matrix_shape(tensor)
-            left, offset = _values(payload, offset, (rows, rank), tensor)
-            right, offset = _values(payload, offset, (rank, cols), tensor)
-            parts[tensor.name] = Factored(left, right)
-    for tensor, form, _ in forms:
-        if form is Form.DENSE_FLOAT32:
-            values, offset = _values(payload, offset, tensor.shape, tensor)
-            parts[tensor.name] = Dense(values)
-        elif form is Form.ZERO:
-            parts[tensor.name] = Zero()
-    return parts
+    found: dict[str, Part] = {}
+    for entry, size in zip(entries, sizes, strict=True):
+        try:
+            found[entry.tensor.name] = _read_fixed(payload, offset, entry)
+        except NumbersError as error:
+            raise PayloadError(f"tensor {entry.tensor.name!r} {error}") from None
+        offset += size
+    try:
+        step = _read_open_ended(payload[offset:], entries, found)
+    except (CodingError, IndexError) as error:
+        raise PayloadError(f"payload can't be read: {error}") from None
+    return Parts(found, step)
 
 
-def to_arrays(spec: Spec, parts: Mapping[str, Part]) -> dict[str, Array]:
+def to_arrays(spec: Spec, parts: Parts) -> dict[str, Array]:
     """The update that the parts stand for: float32 arrays in the shapes of the spec.
 
     Both ends use this one function, so what an encoder believes is what a decoder gets.
@@ -133,18 +218,50 @@ def to_arrays(spec: Spec, parts: Mapping[str, Part]) -> dict[str, Array]:
     """
     arrays: dict[str, Array] = {}
     for tensor in spec:
-        part = parts[tensor.name]
-        if isinstance(part, Dense):
-            arrays[tensor.name] = part.values
-        elif isinstance(part, Factored):
-            with np.errstate(over="ignore"):
-                product = multiply(part.left, part.right)
-            if not np.isfinite(product).all():
-                raise PayloadError(f"tensor {tensor.name!r}: the product of its factors is not finite")
-            arrays[tensor.name] = product.reshape(tensor.shape)
-        else:
-            arrays[tensor.name] = np.zeros(tensor.shape, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            value = _to_array(tensor, parts.by_name[tensor.name], parts.step)
+        if not np.isfinite(value).all():
+            raise PayloadError(f"tensor {tensor.name!r}: the product of its factors is not finite")
+        arrays[tensor.name] = value
     return arrays
+
+
+def coded_shape(tensor: TensorSpec) -> tuple[int, int]:
+    """Rows and columns of a tensor for the coded forms, which know vectors too: one row."""
+    return matrix_shape(tensor.shape) or (1, tensor.size)
+
+
+def _to_array(tensor: TensorSpec, part: Part, step: float) -> Array:
+    if isinstance(part, Dense):
+        return part.values.astype(np.float32).reshape(tensor.shape)
+    if isinstance(part, Factored):
+        return multiply(part.left, part.right).reshape(tensor.shape)
+    if isinstance(part, CodedDense | CodedFactored):
+        return to_matrix(part, step, coded_shape(tensor)).astype(np.float32).reshape(tensor.shape)
+    values = np.zeros(tensor.size, np.float32)
+    if isinstance(part, Sparse):
+        values[part.chosen] = part.values
+    return values.reshape(tensor.shape)
+
+
+def _form_of(part: Part) -> tuple[Form, int]:
+    if isinstance(part, Dense):
+        return _DENSE[part.precision], 0
+    if isinstance(part, Factored):
+        return _FACTORED[part.precision], part.left.shape[1]
+    if isinstance(part, Sparse):
+        return Form.SPARSE_FLOAT16, part.values.size
+    if isinstance(part, CodedFactored):
+        return Form.CODED_FACTORED if part.rows is None else Form.CODED_FACTORED_ROWS, part.codes.size
+    if isinstance(part, CodedDense):
+        return Form.CODED_DENSE if part.rows is None else Form.CODED_DENSE_ROWS, 0
+    return Form.ZERO, 0
+
+
+def _write_factors(part: Factored) -> bytes:
+    if part.precision in ("int8", "int4"):
+        return write_scaled_columns(part.left, part.right, part.precision)
+    return write_numbers(part.left, part.precision) + write_numbers(part.right, part.precision)
 
 
 def _check_header(payload: bytes, spec: Spec, codec_id: int) -> None:
@@ -159,8 +276,8 @@ def _check_header(payload: bytes, spec: Spec, codec_id: int) -> None:
         raise PayloadError("payload is of a model with other tensors; both ends need the same experiment")
 
 
-def _read_table(payload: bytes, spec: Spec) -> tuple[list[tuple[TensorSpec, Form, int]], int]:
-    table: list[tuple[TensorSpec, Form, int]] = []
+def _read_table(payload: bytes, spec: Spec) -> tuple[list[_Entry], int]:
+    entries: list[_Entry] = []
     offset = HEADER_BYTES
     for tensor in spec:
         if offset >= len(payload):
@@ -170,14 +287,18 @@ def _read_table(payload: bytes, spec: Spec) -> tuple[list[tuple[TensorSpec, Form
         except ValueError:
             raise PayloadError(f"tensor {tensor.name!r}: unknown form {payload[offset]}") from None
         offset += 1
-        rank = 0
-        if form is Form.FACTORED_FLOAT32:
-            rank, offset = _read_varint(payload, offset)
-            limit = min(_matrix_shape(tensor))
-            if not 1 <= rank <= limit:
-                raise PayloadError(f"tensor {tensor.name!r}: rank must be in [1, {limit}], got {rank}")
-        table.append((tensor, form, rank))
-    return table, offset
+        count = 0
+        if form in _WITH_COUNT:
+            count, offset = _read_varint(payload, offset)
+            kind, limit = ("count", tensor.size) if form is Form.SPARSE_FLOAT16 else ("rank", _max_rank(tensor))
+            if not 1 <= count <= limit:
+                raise PayloadError(f"tensor {tensor.name!r}: {kind} must be in [1, {limit}], got {count}")
+        entries.append(_Entry(tensor, form, count))
+    return entries, offset
+
+
+def _max_rank(tensor: TensorSpec) -> int:
+    return min(_matrix_shape(tensor))
 
 
 def _matrix_shape(tensor: TensorSpec) -> tuple[int, int]:
@@ -187,22 +308,64 @@ def _matrix_shape(tensor: TensorSpec) -> tuple[int, int]:
     return shape
 
 
-def _num_values(tensor: TensorSpec, form: Form, rank: int) -> int:
-    if form is Form.FACTORED_FLOAT32:
-        return rank * sum(_matrix_shape(tensor))
-    return tensor.size if form is Form.DENSE_FLOAT32 else 0
+def _fixed_bytes(entry: _Entry) -> int:
+    if precision := _DENSE_PRECISION.get(entry.form):
+        return num_bytes(entry.tensor.size, precision)
+    if precision := _FACTORED_PRECISION.get(entry.form):
+        shape = _matrix_shape(entry.tensor)
+        if precision in ("int8", "int4"):
+            return num_bytes_of_scaled_columns(shape, entry.count, precision)
+        return sum(num_bytes(side * entry.count, precision) for side in shape)
+    return num_bytes(entry.count, "float16") if entry.form is Form.SPARSE_FLOAT16 else 0
 
 
-def _values(payload: bytes, offset: int, shape: tuple[int, ...], tensor: TensorSpec) -> tuple[NDArray[np.float32], int]:
-    count = int(np.prod(shape, dtype=np.int64))
-    values = np.frombuffer(payload, _FLOAT, count, offset).astype(np.float32).reshape(shape)
-    if not np.isfinite(values).all():
-        raise PayloadError(f"tensor {tensor.name!r} holds numbers that are not finite")
-    return values, offset + count * _FLOAT.itemsize
+def _read_fixed(payload: bytes, offset: int, entry: _Entry) -> Part:
+    tensor, rank = entry.tensor, entry.count
+    if precision := _DENSE_PRECISION.get(entry.form):
+        return Dense(read_numbers(payload, offset, tensor.size, precision).reshape(tensor.shape), precision)
+    if precision := _FACTORED_PRECISION.get(entry.form):
+        rows, cols = shape = _matrix_shape(tensor)
+        if precision in ("int8", "int4"):
+            return Factored(*read_scaled_columns(payload, offset, shape, rank, precision), precision)
+        left = read_numbers(payload, offset, rows * rank, precision).reshape(rows, rank)
+        offset += num_bytes(rows * rank, precision)
+        right = read_numbers(payload, offset, rank * cols, precision).reshape(rank, cols)
+        return Factored(left, right, precision)
+    if entry.form is Form.SPARSE_FLOAT16:
+        values: Floats = read_numbers(payload, offset, rank, "float16")
+        return Sparse(values, np.zeros(0, np.bool_))
+    return Zero()
 
 
-def _bytes(values: NDArray[Any]) -> bytes:
-    return np.ascontiguousarray(values, _FLOAT).tobytes()
+def _read_open_ended(data: bytes, entries: list[_Entry], found: dict[str, Part]) -> float:
+    """Fill in what has no fixed length; the step."""
+    sparse = [entry.tensor for entry in entries if entry.form is Form.SPARSE_FLOAT16]
+    coded = [entry for entry in entries if entry.form in _CODED]
+    if sparse and coded:
+        raise CodingError("it holds both sparse and coded tensors")
+    if sparse:
+        reader = BitReader(data)
+        for tensor in sparse:
+            part, chosen = found[tensor.name], read_flags(tensor.size, reader)
+            if not isinstance(part, Sparse) or np.count_nonzero(chosen) != part.values.size:
+                raise CodingError(f"tensor {tensor.name!r} names another number of positions than it has values")
+            found[tensor.name] = Sparse(part.values, chosen)
+        reader.finish()
+        return 1.0
+    if not coded:
+        return 1.0
+    if len(data) < _STEP.itemsize:
+        raise CodingError("it ends before the step of its coded tensors")
+    step = float(np.frombuffer(data, _STEP, 1)[0])
+    if not (np.isfinite(step) and step > 0):
+        raise CodingError(f"the step must be a positive number, got {step}")
+    shapes = [
+        Shape(*coded_shape(e.tensor), e.count, e.form in (Form.CODED_DENSE_ROWS, Form.CODED_FACTORED_ROWS))
+        for e in coded
+    ]
+    for entry, part in zip(coded, read_coded(data[_STEP.itemsize :], shapes), strict=True):
+        found[entry.tensor.name] = part
+    return step
 
 
 def _varint(value: int) -> bytes:

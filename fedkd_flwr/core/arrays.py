@@ -37,6 +37,8 @@ class TensorSpec:
 
 Spec = tuple[TensorSpec, ...]
 
+FLOAT_BYTES = 4  # of a number in a float32 master
+
 
 def spec_digest(spec: Spec) -> bytes:
     """Eight bytes that change with any name, shape, kind or order in `spec`."""
@@ -77,6 +79,12 @@ def apply_update(reference: Arrays, update: Arrays) -> dict[str, Array]:
         value = np.asarray(reference[name] + change)
         moved[name] = np.maximum(value, np.float32(0)) if name.endswith("running_var") else value
     return moved
+
+
+def squared_norm(value: Array) -> float:
+    """Sum of squares, in float64: no overflow, and no digits lost in large tensors."""
+    flat = np.asarray(value).reshape(-1)
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))  # casts piece by piece, without a wide copy
 
 
 def require_finite(update: Arrays) -> None:

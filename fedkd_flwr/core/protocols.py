@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
 from fedkd_flwr.core.arrays import Arrays, Spec
 
 Batch = Mapping[str, Tensor]
+Direction = Literal["uplink", "downlink"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Task(Protocol):
         """Metrics of `model` on `examples`, by name."""
 
     def export(self, model: nn.Module, directory: Path) -> None:
-        """Write the model as a directory that `from_pretrained` loads."""
+        """Write the model as a directory: one that `from_pretrained` loads where it is a Hugging Face model."""
 
 
 class Codec(Protocol):

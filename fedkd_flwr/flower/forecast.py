@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from flwr.app import Message
 
 from fedkd_flwr.algorithms.base import Assignment, Trained
-from fedkd_flwr.core.arrays import num_elements
+from fedkd_flwr.core.arrays import FLOAT_BYTES, num_elements
 from fedkd_flwr.core.protocols import Codec
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.experiment import Experiment
@@ -22,7 +22,6 @@ from fedkd_flwr.flower.round import Round
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.traffic import traffic_of
 from fedkd_flwr.flower.validation import NormBound
-from fedkd_flwr.measure.summary import FLOAT_BYTES
 from fedkd_flwr.server_options import AdaptiveAggregation
 
 KILOBYTE = 1e3

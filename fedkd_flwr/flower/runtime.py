@@ -55,6 +55,6 @@ def _built(text: str) -> Runtime:
     task = experiment.build_task()
     algorithm = experiment.build_algorithm(task)
     initial = algorithm.shared.initial()
-    wires = algorithm.shared.wires(experiment.compressor.build)
+    wires = algorithm.shared.wires(experiment.build_codec)
     threadpool_limits(1)  # once more, for libraries that were loaded meanwhile; it looks through all of them
     return Runtime(experiment, task, algorithm, wires, initial, initial_lineage(initial))

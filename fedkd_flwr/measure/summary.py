@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedkd_flwr.core.arrays import FLOAT_BYTES
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
 from fedkd_flwr.measure.metrics import SCOPES
 
 SUMMARY_FILE = "summary.json"
 SECONDS = ("client_train", "encode", "decode", "aggregate")
-FLOAT_BYTES = 4
 BOTH_WAYS = 2
 
 

@@ -1,14 +1,18 @@
-"""What tasks share: options, examples held as tensors, and the student that is cut from its teacher."""
+"""What tasks share: options, examples in memory, the student that is cut from its teacher, and a score."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from fedkd_flwr.core.protocols import Batch, Task
+from fedkd_flwr.core.losses import NO_LABEL, cross_entropy
+from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Task
+
+EVALUATION_BATCH = 256
 
 
 class TaskOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -45,6 +49,26 @@ class TensorExamples:
             yield {name: tensor[indices] for name, tensor in self._tensors.items()}
 
 
+class RecentClients:
+    """Data of the clients last asked for: as many as fit in `limit` bytes, and always the newest.
+
+    A process asks for a client's data with every message, and a simulation's processes serve all clients.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._kept: OrderedDict[int, tuple[ClientData, int]] = OrderedDict()
+
+    def get(self, client: int, make: Callable[[], tuple[ClientData, int]]) -> ClientData:
+        """A client's data; `make` gives it with its size in bytes where it is not here."""
+        if client not in self._kept:
+            self._kept[client] = make()
+        self._kept.move_to_end(client)
+        while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > self._limit:
+            self._kept.popitem(last=False)
+        return self._kept[client][0]
+
+
 def copy_shared_tensors(source: nn.Module, target: nn.Module) -> None:
     """Give `target` the values of every tensor that `source` has under the same name and shape.
 
@@ -53,6 +77,18 @@ def copy_shared_tensors(source: nn.Module, target: nn.Module) -> None:
     values = source.state_dict()
     matching = {n: values[n] for n, t in target.state_dict().items() if n in values and values[n].shape == t.shape}
     target.load_state_dict(matching, strict=False)
+
+
+def classification_score(task: Task, model: nn.Module, examples: Examples) -> dict[str, float]:
+    """Accuracy in [0, 1] and cross-entropy in nats, of a task with one label for each example."""
+    model.eval()
+    correct, loss = 0, 0.0
+    with torch.inference_mode():
+        for batch in examples.batches(EVALUATION_BATCH):
+            out = task.forward(model, batch, hidden_states=False, attentions=False)
+            correct += int((out.logits.argmax(dim=-1) == out.labels).sum())
+            loss += float(cross_entropy(out.logits, out.labels)) * int((out.labels != NO_LABEL).sum())
+    return {"accuracy": correct / len(examples), "loss": loss / len(examples)}
 
 
 def save_pretrained(model: nn.Module, directory: Path) -> None:

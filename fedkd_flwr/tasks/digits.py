@@ -15,11 +15,23 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from fedkd_flwr.core.losses import NO_LABEL, cross_entropy
 from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Models, Outputs
 from fedkd_flwr.core.seeds import derive_seed
-from fedkd_flwr.tasks.base import TaskOptions, TensorExamples, copy_shared_tensors, save_pretrained
-from fedkd_flwr.tasks.partition import DirichletPartition, Partition, partition_indices
+from fedkd_flwr.tasks.base import (
+    TaskOptions,
+    TensorExamples,
+    classification_score,
+    copy_shared_tensors,
+    save_pretrained,
+)
+from fedkd_flwr.tasks.partition import (
+    DirichletPartition,
+    Partition,
+    Rows,
+    hold_out,
+    partition_indices,
+    require_client,
+)
 
 NUM_CLASSES = 10
 PIXELS_PER_SIDE = 8
@@ -27,7 +39,6 @@ PIXEL_MEAN, PIXEL_STD = 4.884, 6.017  # of the bundled images, whose pixels coun
 # The library's 0.02 suits its own width of 768; a layer's output keeps its size when this scales with 1 / sqrt(width).
 INITIALIZER_RANGE, INITIALIZER_WIDTH = 0.02, 768
 TEST_FRACTION = 0.2  # 360 of 1,797 images, the same for every seed
-EVALUATION_BATCH = 256
 
 
 class VitOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -91,13 +102,11 @@ class Digits:
         Raises:
             ValueError: if there is no such client.
         """
-        if not 0 <= partition_id < len(self._partition):
-            raise ValueError(f"partition-id must be in [0, {len(self._partition) - 1}], got {partition_id}")
+        require_client(partition_id, len(self._partition))
         rows = self._train_rows[np.array(self._partition[partition_id])]
-        rng = np.random.default_rng(derive_seed(self._seed, "client split", partition_id))
-        num_test = min(max(1, round(len(rows) * self._options.client_test_fraction)), len(rows) - 1)
-        shuffled = rng.permutation(rows)
-        return ClientData(train=self._examples(shuffled[num_test:]), test=self._examples(shuffled[:num_test]))
+        seed = derive_seed(self._seed, "client split", partition_id)
+        train, test = hold_out(rows, self._options.client_test_fraction, seed)
+        return ClientData(train=self._examples(train), test=self._examples(test))
 
     def test_data(self) -> Examples:
         """The server's 360 images."""
@@ -126,20 +135,13 @@ class Digits:
 
     def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
         """Accuracy in [0, 1] and cross-entropy in nats."""
-        model.eval()
-        correct, loss = 0, 0.0
-        with torch.inference_mode():
-            for batch in examples.batches(EVALUATION_BATCH):
-                out = self.forward(model, batch, hidden_states=False, attentions=False)
-                correct += int((out.logits.argmax(dim=-1) == out.labels).sum())
-                loss += float(cross_entropy(out.logits, out.labels)) * int((out.labels != NO_LABEL).sum())
-        return {"accuracy": correct / len(examples), "loss": loss / len(examples)}
+        return classification_score(self, model, examples)
 
     def export(self, model: nn.Module, directory: Path) -> None:
         """Write a directory that `ViTForImageClassification.from_pretrained` loads."""
         save_pretrained(model, directory)
 
-    def _examples(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> TensorExamples:
+    def _examples(self, rows: Rows) -> TensorExamples:
         return TensorExamples({"pixel_values": self._images[rows], "labels": self._labels[rows]})
 
 

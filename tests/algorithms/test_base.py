@@ -93,7 +93,7 @@ def test_loading_arrays_sets_the_module_to_them(task: Task) -> None:
 def test_the_users_codec_serves_both_directions_for_exactly_the_updates_tensors(task: Task) -> None:
     module = partly_frozen()
     shared = SharedModel(task, module)
-    wires = shared.wires(IdentityOptions().build)
+    wires = shared.wires(lambda spec, direction: IdentityOptions().build(spec))
     assert wires is not None
     step(module)
     update = shared.update(shared.initial())
@@ -147,6 +147,6 @@ def test_parameters_are_counted_without_frozen_ones_and_buffers(task: Task) -> N
 
 
 def _spec(shared: SharedModel) -> tuple:
-    wires = shared.wires(IdentityOptions().build)
+    wires = shared.wires(lambda spec, direction: IdentityOptions().build(spec))
     assert wires is not None
     return wires.uplink.spec

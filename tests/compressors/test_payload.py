@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fedkd_flwr.compressors.ef21 import CODEC_ID as EF21
 from fedkd_flwr.compressors.identity import CODEC_ID as IDENTITY
 from fedkd_flwr.compressors.identity import IdentityOptions
 from fedkd_flwr.compressors.payload import (
@@ -19,14 +20,19 @@ from fedkd_flwr.compressors.payload import (
     Factored,
     Form,
     Part,
+    Parts,
     PayloadError,
     Zero,
     pack,
     to_arrays,
     unpack,
 )
+from fedkd_flwr.compressors.powersgd import CODEC_ID as POWERSGD
+from fedkd_flwr.compressors.quantize import CODEC_ID as QUANTIZE
 from fedkd_flwr.compressors.svd import CODEC_ID as SVD
 from fedkd_flwr.compressors.svd import SvdOptions
+from fedkd_flwr.compressors.top_k import CODEC_ID as TOP_K
+from fedkd_flwr.compressors.transform_coding import CODEC_ID as TRANSFORM
 from fedkd_flwr.core.arrays import Array, Spec, TensorSpec, spec_digest
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -49,7 +55,7 @@ def matrix(values: object) -> NDArray[np.float32]:
     return np.array(values, np.float32)
 
 
-PARTS: dict[str, Part] = {
+BY_NAME: dict[str, Part] = {
     "first": Factored(matrix([[1.0], [-2.0], [0.5]]), matrix([[4.0, 0.0, -0.25, 8.0]])),
     "bias": dense([1.0, 2.0, 3.0]),
     "conv": Factored(matrix([[1.0, 0.0], [0.0, -1.0]]), matrix([[1, 2, 3, 4, 5, 6], [0.5, 0, -0.5, 0, 0, 1]])),
@@ -57,6 +63,7 @@ PARTS: dict[str, Part] = {
     "scale": dense(-1.5),
     "bn.running_mean": dense([0.0, 0.0625]),
 }
+PARTS = Parts(BY_NAME)
 
 ARRAYS: dict[str, Array] = {
     "first": matrix([[4, 0, -0.25, 8], [-8, 0, 0.5, -16], [2, 0, -0.125, 4]]),
@@ -74,7 +81,7 @@ def golden(name: str) -> bytes:
 
 
 def header(spec: Spec, codec_id: int = SVD) -> bytes:
-    return b"FKD" + bytes([1, codec_id]) + spec_digest(spec)
+    return b"FKD" + bytes([2, codec_id]) + spec_digest(spec)
 
 
 def assert_same_arrays(found: dict[str, Array], expected: dict[str, Array]) -> None:
@@ -88,9 +95,24 @@ def assert_same_arrays(found: dict[str, Array], expected: dict[str, Array]) -> N
 
 
 def test_numbers_of_the_format_have_not_changed() -> None:
-    assert (MAGIC, FORMAT_VERSION, HEADER_BYTES) == (b"FKD", 1, 13)
-    assert (Form.ZERO, Form.DENSE_FLOAT32, Form.FACTORED_FLOAT32) == (0, 1, 5)
-    assert (IDENTITY, SVD) == (0, 1)
+    assert (MAGIC, FORMAT_VERSION, HEADER_BYTES) == (b"FKD", 2, 13)
+    assert {form.name: form.value for form in Form} == {
+        "ZERO": 0,
+        "DENSE_FLOAT32": 1,
+        "DENSE_FLOAT16": 2,
+        "DENSE_INT8": 3,
+        "DENSE_INT4": 4,
+        "FACTORED_FLOAT32": 5,
+        "FACTORED_FLOAT16": 6,
+        "FACTORED_INT8": 7,
+        "FACTORED_INT4": 8,
+        "SPARSE_FLOAT16": 9,
+        "CODED_DENSE": 10,
+        "CODED_FACTORED": 11,
+        "CODED_DENSE_ROWS": 12,
+        "CODED_FACTORED_ROWS": 13,
+    }
+    assert (IDENTITY, SVD, TRANSFORM, QUANTIZE, TOP_K, POWERSGD, EF21) == (0, 1, 2, 3, 4, 5, 6)
 
 
 def test_identity_writes_and_reads_the_golden_bytes() -> None:
@@ -107,8 +129,8 @@ def test_svd_parts_are_written_as_the_golden_bytes() -> None:
 
 def test_svd_reads_the_golden_bytes() -> None:
     assert_same_arrays(dict(SvdOptions().build(SPEC).decode(golden("svd.hex"), {})[0]), ARRAYS)
-    parts = unpack(golden("svd.hex"), SPEC, SVD)
-    for name, expected in PARTS.items():
+    parts = unpack(golden("svd.hex"), SPEC, SVD).by_name
+    for name, expected in BY_NAME.items():
         part = parts[name]
         assert type(part) is type(expected)
         if isinstance(part, Factored) and isinstance(expected, Factored):
@@ -119,12 +141,13 @@ def test_svd_reads_the_golden_bytes() -> None:
 # Layout
 
 
-def test_factors_come_before_dense_values_each_in_the_order_of_the_spec() -> None:
+def test_numbers_stand_in_the_order_of_the_spec() -> None:
     expected = header(SPEC) + bytes([5, 1, 1, 5, 2, 0, 1, 1])
-    for part in (PARTS["first"], PARTS["conv"]):
-        assert isinstance(part, Factored)
-        expected += b"".join(struct.pack("<f", v) for v in [*part.left.ravel(), *part.right.ravel()])
-    expected += struct.pack("<6f", 1, 2, 3, -1.5, 0, 0.0625)
+    for part in BY_NAME.values():
+        if isinstance(part, Factored):
+            expected += b"".join(struct.pack("<f", v) for v in [*part.left.ravel(), *part.right.ravel()])
+        elif isinstance(part, Dense):
+            expected += b"".join(struct.pack("<f", v) for v in part.values.ravel())
     assert pack(SPEC, PARTS, SVD) == expected
 
 
@@ -135,10 +158,10 @@ def test_rank_is_a_varint(rank: int, varint: bytes) -> None:
     spec: Spec = (TensorSpec("w", (300, 301)),)
     left = np.arange(300 * rank, dtype=np.float32).reshape(300, rank)
     right = np.arange(rank * 301, dtype=np.float32).reshape(rank, 301)
-    payload = pack(spec, {"w": Factored(left, right)}, SVD)
+    payload = pack(spec, Parts({"w": Factored(left, right)}), SVD)
     assert payload[HEADER_BYTES:].startswith(b"\x05" + varint)
     assert len(payload) == HEADER_BYTES + 1 + len(varint) + 4 * rank * 601
-    part = unpack(payload, spec, SVD)["w"]
+    part = unpack(payload, spec, SVD).by_name["w"]
     assert isinstance(part, Factored)
     assert np.array_equal(part.left, left)
     assert np.array_equal(part.right, right)
@@ -151,22 +174,22 @@ def test_rank_is_a_varint(rank: int, varint: bytes) -> None:
 def test_dense_values_of_any_shape_come_back_bit_for_bit(shape: tuple[int, ...], seed: int, codec_id: int) -> None:
     spec: Spec = (TensorSpec("w", shape),)
     values = np.asarray(np.random.default_rng(seed).standard_normal(shape), np.float32)
-    part = unpack(pack(spec, {"w": Dense(values)}, codec_id), spec, codec_id)["w"]
+    part = unpack(pack(spec, Parts({"w": Dense(values)}), codec_id), spec, codec_id).by_name["w"]
     assert isinstance(part, Dense)
-    assert (part.values.shape, part.values.tobytes()) == (shape, values.tobytes())
+    assert (part.values.shape, part.values.astype(np.float32).tobytes()) == (shape, values.tobytes())
 
 
 def test_byte_order_and_layout_of_the_values_do_not_matter() -> None:
     spec: Spec = (TensorSpec("w", (3, 4)),)
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
-    expected = pack(spec, {"w": Dense(values)}, IDENTITY)
-    assert pack(spec, {"w": Dense(np.asfortranarray(values))}, IDENTITY) == expected
-    assert pack(spec, {"w": Dense(values.astype(">f4"))}, IDENTITY) == expected
+    expected = pack(spec, Parts({"w": Dense(values)}), IDENTITY)
+    assert pack(spec, Parts({"w": Dense(np.asfortranarray(values))}), IDENTITY) == expected
+    assert pack(spec, Parts({"w": Dense(values.astype(">f4"))}), IDENTITY) == expected
 
 
 def test_what_is_unpacked_is_writable_and_not_a_view_of_the_payload() -> None:
     payload = pack(SPEC, PARTS, SVD)
-    for part in unpack(payload, SPEC, SVD).values():
+    for part in unpack(payload, SPEC, SVD).by_name.values():
         if isinstance(part, Dense):
             part.values[...] = 7
         elif isinstance(part, Factored):
@@ -187,7 +210,7 @@ VECTOR: Spec = (TensorSpec("w", (7, 1)),)
     ("spec", "tail", "message"),
     [
         (MATRIX, b"", "payload ends within its table of forms"),
-        (MATRIX, b"\x02", "tensor 'w': unknown form 2"),
+        (MATRIX, b"\x0e", "tensor 'w': unknown form 14"),
         (MATRIX, b"\xff", "tensor 'w': unknown form 255"),
         (MATRIX, b"\x05", "payload ends within a number of its table"),
         (MATRIX, b"\x05\x80", "payload ends within a number of its table"),
@@ -210,7 +233,7 @@ def test_a_header_that_does_not_fit_is_refused(spec: Spec, tail: bytes, message:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["left", "right", "dense"])
 def test_a_number_that_is_not_finite_is_refused_by_name(bad: float, where: str) -> None:
-    parts = dict(PARTS)
+    parts = dict(BY_NAME)
     left, right = matrix([[1.0], [1.0], [1.0]]), matrix([[1.0, 1.0, 1.0, 1.0]])
     if where == "dense":
         parts["first"] = dense(np.full((3, 4), bad))
@@ -218,13 +241,13 @@ def test_a_number_that_is_not_finite_is_refused_by_name(bad: float, where: str) 
         (left if where == "left" else right)[0, 0] = bad
         parts["first"] = Factored(left, right)
     with pytest.raises(PayloadError, match="tensor 'first' holds numbers that are not finite"):
-        unpack(pack(SPEC, parts, SVD), SPEC, SVD)
+        unpack(pack(SPEC, Parts(parts), SVD), SPEC, SVD)
 
 
 @pytest.mark.filterwarnings("error")
 def test_finite_factors_whose_product_overflows_are_refused_by_name() -> None:
     large = Factored(np.full((3, 1), 3e38, np.float32), np.full((1, 4), 3e38, np.float32))
-    parts = unpack(pack(MATRIX, {"w": large}, SVD), MATRIX, SVD)
+    parts = unpack(pack(MATRIX, Parts({"w": large}), SVD), MATRIX, SVD)
     with pytest.raises(PayloadError, match="tensor 'w': the product of its factors is not finite"):
         to_arrays(MATRIX, parts)
 

@@ -18,7 +18,7 @@ def sent(codec: SvdCodec, update: Update, progress: float = 0.0) -> bytes:
 
 
 def parts_of(update: Update, spec: Spec, energy: float = 0.95) -> dict[str, Part]:
-    return unpack(sent(SvdCodec(spec, linear(energy, energy)), update), spec, CODEC_ID)
+    return unpack(sent(SvdCodec(spec, linear(energy, energy), "float32"), update), spec, CODEC_ID).by_name
 
 
 def only(shape: tuple[int, ...], values: Array, energy: float = 0.95) -> Part:
@@ -55,7 +55,7 @@ def test_matrices_miss_at_most_one_minus_energy_and_all_else_arrives_bit_for_bit
     case: tuple[Spec, Update], start: float, end: float, progress: float
 ) -> None:
     spec, update = case
-    codec = SvdCodec(spec, linear(start, end))
+    codec = SvdCodec(spec, linear(start, end), "float32")
     found, _ = codec.decode(sent(codec, update, progress), {})
     for tensor in spec:
         value, arrived = update[tensor.name], found[tensor.name]
@@ -74,18 +74,17 @@ def test_error_of_a_decaying_spectrum_follows_the_energy(shape: tuple[int, ...],
     left, right = (np.linalg.qr(rng.standard_normal((n, side)))[0] for n in (rows, cols))
     value = ((left * 0.6 ** np.arange(side)) @ right.T).astype(np.float32).reshape(shape)
     spec: Spec = (TensorSpec("w", shape),)
-    codec = SvdCodec(spec, linear(energy, energy))
+    codec = SvdCodec(spec, linear(energy, energy), "float32")
     found, _ = codec.decode(sent(codec, {"w": value}), {})
     assert relative_squared_error(found["w"], value) <= (1 - energy) + 1e-10
 
 
-def test_state_passes_through_both_ends() -> None:
+def test_neither_end_keeps_anything() -> None:
     codec = SvdOptions().build(SPEC)
-    state = {"kept": np.ones(2, np.float32)}
-    payload, after_encoding = codec.encode(sample_update(), state, progress=0.0, seed=0)
-    _, after_decoding = codec.decode(payload, state)
-    assert after_encoding is state
-    assert after_decoding is state
+    payload, after_encoding = codec.encode(sample_update(), {}, progress=0.0, seed=0)
+    _, after_decoding = codec.decode(payload, {})
+    assert after_encoding == {}
+    assert after_decoding == {}
     assert codec.initial_state() == {}
 
 
@@ -96,10 +95,10 @@ def test_rank_follows_the_schedule() -> None:
     spectrum = 0.9 ** np.arange(40)
     update = {"w": np.diag(spectrum).astype(np.float32)}
     spec: Spec = (TensorSpec("w", (40, 40)),)
-    codec = SvdCodec(spec, linear(0.5, 0.95))
+    codec = SvdCodec(spec, linear(0.5, 0.95), "float32")
     ranks = []
     for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
-        part = unpack(sent(codec, update, progress), spec, CODEC_ID)["w"]
+        part = unpack(sent(codec, update, progress), spec, CODEC_ID).by_name["w"]
         assert isinstance(part, Factored)
         assert part.left.shape[1] == smallest_rank(spectrum, 0.5 + 0.45 * progress)
         ranks.append(part.left.shape[1])
@@ -115,7 +114,7 @@ def test_energy_at_the_ends_is_that_of_the_options() -> None:
     codec = SvdOptions(energy_start=0.89, energy_end=0.98).build(spec)
     ranks = []
     for progress in (0.0, 0.7, 1.0):
-        part = unpack(codec.encode({"w": values}, {}, progress=progress, seed=0)[0], spec, CODEC_ID)["w"]
+        part = unpack(codec.encode({"w": values}, {}, progress=progress, seed=0)[0], spec, CODEC_ID).by_name["w"]
         assert isinstance(part, Factored)
         ranks.append(part.left.shape[1])
     assert ranks == [1, 2, 3]
@@ -123,7 +122,7 @@ def test_energy_at_the_ends_is_that_of_the_options() -> None:
 
 def test_progress_outside_the_training_is_refused() -> None:
     with pytest.raises(ValueError, match="progress must be in"):
-        sent(SvdCodec(SPEC, linear(0.95, 0.98)), sample_update(), progress=1.5)
+        sent(SvdCodec(SPEC, linear(0.95, 0.98), "float32"), sample_update(), progress=1.5)
 
 
 # Forms
@@ -171,7 +170,7 @@ def test_a_dense_fallback_costs_what_no_compression_does() -> None:
     spec: Spec = (TensorSpec("w", (64, 64)),)
     update: Update = {"w": np.random.default_rng(0).standard_normal((64, 64), np.float32)}
     plain, _ = IdentityOptions().build(spec).encode(update, {}, progress=0.0, seed=0)
-    assert len(sent(SvdCodec(spec, linear(0.95, 0.95)), update)) == len(plain)
+    assert len(sent(SvdCodec(spec, linear(0.95, 0.95), "float32"), update)) == len(plain)
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 40), (1, 9), (9, 1), (4, 2, 3, 3), ()])
@@ -198,7 +197,7 @@ def test_a_matrix_with_a_small_side_is_never_lost(shape: tuple[int, int], energy
     value = np.linalg.qr(np.random.default_rng(0).standard_normal(shape[::-1] if shape[0] < shape[1] else shape))[0]
     value = (value.T if shape[0] < shape[1] else value).astype(np.float32)
     spec: Spec = (TensorSpec("w", shape),)
-    codec = SvdCodec(spec, linear(energy, energy))
+    codec = SvdCodec(spec, linear(energy, energy), "float32")
     found, _ = codec.decode(sent(codec, {"w": value}), {})
     assert relative_squared_error(found["w"], value) <= 1e-10
 
@@ -207,7 +206,7 @@ def test_a_matrix_with_a_small_side_is_never_lost(shape: tuple[int, int], energy
 def test_convolutions_of_every_kind_are_never_lost(shape: tuple[int, ...]) -> None:
     value = np.random.default_rng(0).standard_normal(shape, np.float32)
     spec: Spec = (TensorSpec("w", shape),)
-    codec = SvdCodec(spec, linear(0.95, 0.95))
+    codec = SvdCodec(spec, linear(0.95, 0.95), "float32")
     found, _ = codec.decode(sent(codec, {"w": value}), {})
     assert relative_squared_error(found["w"], value) <= 0.05 + 1e-6
 
@@ -216,7 +215,7 @@ def test_convolutions_of_every_kind_are_never_lost(shape: tuple[int, ...]) -> No
 def test_a_tiny_update_is_not_taken_for_zero(scale: float) -> None:
     spec: Spec = (TensorSpec("w", (8, 6)),)
     value = np.full((8, 6), scale, np.float32)
-    codec = SvdCodec(spec, linear(0.95, 0.95))
+    codec = SvdCodec(spec, linear(0.95, 0.95), "float32")
     found, _ = codec.decode(sent(codec, {"w": value}), {})
     np.testing.assert_allclose(found["w"] / np.float32(scale), value / np.float32(scale), rtol=1e-2)
 
@@ -225,17 +224,17 @@ def test_a_low_rank_update_is_many_times_smaller() -> None:
     rng = np.random.default_rng(0)
     spec: Spec = (TensorSpec("w", (128, 128)),)
     value = (rng.standard_normal((128, 2)) @ rng.standard_normal((2, 128))).astype(np.float32)
-    payload = sent(SvdCodec(spec, linear(0.999, 0.999)), {"w": value})
+    payload = sent(SvdCodec(spec, linear(0.999, 0.999), "float32"), {"w": value})
     assert len(payload) == HEADER_BYTES + 2 + 4 * 2 * (128 + 128)
 
 
 def test_a_decomposition_that_fails_falls_back_to_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(matrix: Array, energy: float) -> None:
+    def fails(matrix: Array, energy: float, seed: int) -> None:
         raise np.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr("fedkd_flwr.compressors.svd.factorise", fails)
     update = sample_update()
-    codec = SvdCodec(SPEC, linear(0.95, 0.95))
+    codec = SvdCodec(SPEC, linear(0.95, 0.95), "float32")
     assert same_bits(codec.decode(sent(codec, update), {})[0], update)
 
 

@@ -32,7 +32,7 @@ def exchange_of(module: nn.Module, directory: Path, *overrides: str) -> tuple[Ex
     shared = SharedModel(task, module)
     algorithm = Algorithm("updates", shared, cast(Any, None), MeanUpdateServer(shared), 1, 1)
     initial = shared.initial()
-    wires = shared.wires(experiment.compressor.build)
+    wires = shared.wires(experiment.build_codec)
     runtime = Runtime(experiment, task, algorithm, wires, initial, initial_lineage(initial))
     return Exchange(runtime, Ledger(directory), "0" * 16, Checkpoints(directory, 1)), runtime
 

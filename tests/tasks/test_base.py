@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedkd_flwr.tasks.base import TensorExamples, copy_shared_tensors
+from fedkd_flwr.core.protocols import ClientData
+from fedkd_flwr.tasks.base import RecentClients, TensorExamples, copy_shared_tensors
 
 
 def ids(examples: TensorExamples, batch_size: int, seed: int | None = None) -> list[int]:
@@ -61,3 +62,28 @@ def test_the_copy_does_not_share_storage_with_its_source() -> None:
     with torch.no_grad():
         source.weight.zero_()
     assert target.weight.any()
+
+
+def asked_for(clients: list[int], limit: int, size: int) -> list[int]:
+    """Which of the clients had to be made when they were asked for in this order."""
+    recent, made = RecentClients(limit), []
+
+    def make(client: int) -> tuple[ClientData, int]:
+        made.append(client)
+        return ClientData(numbered(client + 1), numbered(1)), size
+
+    for client in clients:
+        assert len(recent.get(client, lambda client=client: make(client)).train) == client + 1  # type: ignore[misc]
+    return made
+
+
+def test_clients_that_fit_are_made_once() -> None:
+    assert asked_for([0, 1, 2, 0, 1, 2], limit=30, size=10) == [0, 1, 2]
+
+
+def test_the_client_not_asked_for_longest_makes_room() -> None:
+    assert asked_for([0, 1, 0, 2, 0, 1], limit=20, size=10) == [0, 1, 2, 1]
+
+
+def test_a_client_larger_than_the_limit_is_kept_until_the_next() -> None:
+    assert asked_for([0, 0, 1, 1, 0], limit=5, size=10) == [0, 1, 0]

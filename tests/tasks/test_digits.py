@@ -3,13 +3,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from sklearn.metrics import accuracy_score, log_loss
-from torch import Tensor, nn
+from torch import nn
 from transformers import ViTForImageClassification
 
-from fedkd_flwr.core.protocols import Batch, Examples
 from fedkd_flwr.tasks.digits import Digits, DigitsOptions, VitOptions
 from fedkd_flwr.tasks.partition import DirichletPartition, IidPartition
+from tests.tasks.conftest import everything, images, state
 
 NUM_IMAGES, NUM_TEST = 1797, 360
 TEACHER = VitOptions(num_layers=3, hidden_size=16, num_heads=2, intermediate_size=16)
@@ -22,18 +23,6 @@ NUM_TOKENS = 17  # 16 patches of 2x2 pixels and the class token
 def digits(seed: int = 0, num_clients: int = NUM_CLIENTS, student: VitOptions = STUDENT, **options: object) -> Digits:
     chosen = {"teacher": TEACHER, "student": student, **options}
     return DigitsOptions.model_validate(chosen).build(num_clients, seed)
-
-
-def everything(examples: Examples) -> Batch:
-    return next(iter(examples.batches(len(examples))))
-
-
-def images(examples: Examples) -> set[bytes]:
-    return {image.numpy().tobytes() for image in everything(examples)["pixel_values"]}
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.state_dict())
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
@@ -94,6 +83,11 @@ def test_images_keep_their_labels() -> None:
     server = everything(digits().test_data())
     guesses = torch.cdist(server["pixel_values"].flatten(1), means).argmin(dim=1)
     assert (guesses == server["labels"]).float().mean() > 0.8
+
+
+def test_a_partition_by_column_is_refused_because_there_are_no_columns() -> None:
+    with pytest.raises(ValidationError, match="expected tags: 'iid', 'dirichlet'"):
+        DigitsOptions.model_validate({"partition": {"name": "natural", "column": "writer"}})
 
 
 @pytest.mark.parametrize("partition_id", [-1, NUM_CLIENTS])

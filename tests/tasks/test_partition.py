@@ -2,12 +2,23 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from fedkd_flwr.tasks.partition import DirichletPartition, IidPartition, Partition, partition_indices
+from fedkd_flwr.tasks.partition import (
+    DirichletPartition,
+    IidPartition,
+    NaturalPartition,
+    Partition,
+    hold_out,
+    natural_indices,
+    partition_indices,
+    require_client,
+)
 
 LABELS: list[int] = load_digits().target.tolist()
 EVERY_KIND = pytest.mark.parametrize(
     "partition", [IidPartition(), DirichletPartition(alpha=0.3), DirichletPartition(alpha=100.0)], ids=str
 )
+
+BY_SITE = NaturalPartition(column="site")
 
 
 def skew(labels: list[int], partition: Partition, seed: int) -> float:
@@ -87,3 +98,63 @@ def test_a_draw_that_can_not_be_had_is_an_error_that_says_what_to_change() -> No
     with pytest.raises(ValueError) as caught:
         partition_indices(LABELS, DirichletPartition(alpha=0.05, min_examples=170), 10, seed=0)
     assert str(caught.value).startswith("task.partition: no Dirichlet draw gave each of 10 clients enough examples; ")
+
+
+@pytest.mark.parametrize(
+    "sites", [["b", "a", "b", "c", "a"], [10, 9, 10, 30, 9], [True, False, True]], ids=["text", "numbers", "booleans"]
+)
+def test_each_distinct_value_is_a_client_in_sorted_order(sites: list[str | int]) -> None:
+    distinct = sorted(set(sites))
+    rows, of_test = natural_indices(sites, [], BY_SITE, len(distinct))
+    assert [{sites[row] for row in mine} for mine in rows] == [{value} for value in distinct]
+    assert sorted(row for mine in rows for row in mine) == list(range(len(sites)))
+    assert of_test == [[]] * len(distinct)
+
+
+def test_numbers_are_sorted_as_numbers() -> None:
+    assert natural_indices([10, 9, 100], [], BY_SITE, 3)[0] == [[1], [0], [2]]
+
+
+def test_rows_of_the_test_split_go_to_the_client_of_their_value_or_to_nobody() -> None:
+    _, of_test = natural_indices(["a", "b", "c"], ["c", "z", "a", "c", None], BY_SITE, 3)
+    assert of_test == [[2], [], [0, 3]]
+
+
+@pytest.mark.parametrize("num_clients", [1, 3])
+def test_another_number_of_clients_than_the_column_has_is_an_error_with_both(num_clients: int) -> None:
+    with pytest.raises(ValueError) as caught:
+        natural_indices(["a", "b"], [], BY_SITE, num_clients)
+    assert str(caught.value) == (
+        f"num_clients: must be 2, the number of distinct values of column 'site', got {num_clients}"
+    )
+
+
+@pytest.mark.parametrize("sites", [["a", None], [["a"], ["b"]], [{"a": 1}, {"a": 2}]], ids=str)
+def test_a_column_that_can_not_tell_clients_apart_is_an_error(sites: list[object]) -> None:
+    with pytest.raises(ValueError, match=r"^task\.partition\.column: 'site' must hold a number or a text in every row"):
+        natural_indices(sites, [], BY_SITE, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "fraction", "num_test"),
+    [(10, 0.2, 2), (10, 0.01, 1), (10, 0.99, 9), (2, 0.01, 1), (2, 0.99, 1), (1, 0.5, 0)],
+)
+def test_a_held_out_share_leaves_neither_side_empty_where_it_can(num_rows: int, fraction: float, num_test: int) -> None:
+    rows = np.arange(100, 100 + num_rows)
+    train, test = hold_out(rows, fraction, seed=1)
+    assert len(test) == num_test
+    assert sorted([*train, *test]) == rows.tolist()
+
+
+def test_the_seed_alone_decides_what_is_held_out() -> None:
+    rows = np.arange(100)
+    first, again, other = (hold_out(rows, 0.3, seed)[1].tolist() for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("partition_id", [-1, 3])
+def test_a_client_that_does_not_exist_is_an_error_with_the_range(partition_id: int) -> None:
+    require_client(2, 3)
+    with pytest.raises(ValueError) as caught:
+        require_client(partition_id, 3)
+    assert str(caught.value) == f"partition-id must be in [0, 2], got {partition_id}"

@@ -1,0 +1,223 @@
+"""Accuracy against bytes: one task under every codec, over several seeds.
+
+python benchmarks/frontier.py [digits|mnist20] [--seeds N] [--run LABEL]... [--set KEY=VALUE]... [--output DIR]
+
+One table, frontier_TASK.json and frontier_TASK.png. Runs are in-process, and each is written down when it ends: the
+same command goes on where it was stopped, and --run LABEL lets several processes share the work. Accuracy is the mean
+of the last three rounds on the server's test set; bytes are every serialised message of a client, both ways.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import client_app
+from fedkd_flwr.experiment import load
+from fedkd_flwr.flower.in_process import run_in_process
+from fedkd_flwr.measure.ledger import LEDGER_FILE, read_rows
+from fedkd_flwr.measure.metrics import last_mean
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+LAST_ROUNDS = 3
+# Half-width of a 95 % interval is this times the standard error: Student's t for N - 1 degrees of freedom.
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """One point of the picture.
+
+    Attributes:
+        label: in table and legend.
+        conf: file in conf/.
+        overrides: over what the file says.
+        family: points of one family share a colour.
+    """
+
+    label: str
+    conf: str
+    overrides: tuple[str, ...] = ()
+    family: str = ""
+
+
+def codec(text: str) -> str:
+    """An override of the compressor."""
+    return f"compressor={{{text}}}"
+
+
+TRANSFORM = "name: transform_coding"
+SVD_INT4 = "name: svd, precision: int4"
+CODECS = {
+    "dense float32": "name: identity",
+    "quantize int8": "name: quantize, precision: int8",
+    "quantize int4": "name: quantize, precision: int4",
+    "top_k 1 %": "name: top_k, fraction: 0.01",
+    "top_k 5 %": "name: top_k, fraction: 0.05",
+    "powersgd rank 2": "name: powersgd, rank: 2",
+    "powersgd rank 8": "name: powersgd, rank: 8",
+    "svd, as published": "name: svd",
+    "svd int8, no feedback": "name: svd, precision: int8",
+    "svd int8, feedback": "name: svd, precision: int8, error_feedback: both",
+    "svd int4, feedback, 0.6 to 0.8": f"{SVD_INT4}, error_feedback: both, energy_start: 0.6, energy_end: 0.8",
+    "transform_coding": TRANSFORM,
+    "transform_coding, no feedback": f"{TRANSFORM}, error_feedback: none",
+    "transform_coding, uplink feedback": f"{TRANSFORM}, error_feedback: uplink",
+    "transform_coding, downlink feedback": f"{TRANSFORM}, error_feedback: downlink",
+    "transform_coding, 0.4 to 0.6": f"{TRANSFORM}, energy_start: 0.4, energy_end: 0.6",
+    "transform_coding, 0.8 to 0.9": f"{TRANSFORM}, energy_start: 0.8, energy_end: 0.9",
+    "transform_coding, 8 kB a round": f"{TRANSFORM}, bytes_per_round: 8000",
+    "transform_coding, 16 kB a round": f"{TRANSFORM}, bytes_per_round: 16000",
+    "ef21": "name: ef21",
+}
+DIGITS = (
+    Condition("FedAvg(teacher), dense", "digits_fedavg.yaml", family="FedAvg(teacher)"),
+    Condition("FedKD, dense", "digits_fedkd.yaml", (codec("name: identity"),), "FedKD"),
+    Condition("FedKD, svd as published", "digits_fedkd.yaml", (codec("name: svd"),), "FedKD"),
+    Condition("FedKD, transform_coding", "digits_fedkd.yaml", (), "FedKD"),
+    *(
+        Condition(f"FedAvg(student), {name}", "digits_fedavg_student.yaml", (codec(text),), "FedAvg(student)")
+        for name, text in CODECS.items()
+    ),
+)
+MNIST20 = (
+    Condition("FedAvg, dense", "mnist20_fedavg.yaml", family="FedAvg"),
+    Condition("FedKD, dense", "mnist20_fedkd.yaml", (codec("name: identity"),), "FedKD"),
+    Condition("FedKD, svd as published", "mnist20_fedkd.yaml", (codec("name: svd"),), "FedKD"),
+    Condition("FedKD, transform_coding", "mnist20_fedkd.yaml", (), "FedKD"),
+    Condition("FedAvg, transform_coding", "mnist20_fedavg.yaml", (codec(TRANSFORM),), "FedAvg"),
+)
+TASKS = {"digits": DIGITS, "mnist20": MNIST20}
+
+
+def measure(condition: Condition, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """One run: scores by round, bytes of a client by round and in all, seconds."""
+    experiment = load(CONF / condition.conf, [*condition.overrides, f"seed={seed}", *overrides])
+    with tempfile.TemporaryDirectory() as directory:
+        run_dir = run_in_process(experiment, client_app.app, Path(directory) / "run")
+        rows = list(read_rows(run_dir / LEDGER_FILE))
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    rounds = [row for row in rows if row["kind"] == "round"]
+    scores = [row["metrics"]["shared_global"]["accuracy"] for row in rounds]
+    num_clients = experiment.num_clients
+    moved = [row["wire_bytes"] for row in rounds]
+    return {
+        "label": condition.label,
+        "seed": seed,
+        "overrides": overrides,
+        "accuracy": last_mean(scores, LAST_ROUNDS),
+        "scores": scores,
+        "bytes": [sum(moved[: i + 1]) / num_clients for i in range(len(moved))],
+        "per_client_bytes": summary["bytes"]["per_client"],
+        "fewer": summary["bytes"]["reduction_vs_dense_teacher"],
+        "seconds": summary["seconds"],
+    }
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half-width of its 95 % interval."""
+    if len(values) < 2:
+        return f"{mean(values):.4f}"
+    half = STUDENT_T[min(len(values), max(STUDENT_T))] * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):.4f} +- {half:.4f}"
+
+
+def print_table(results: list[dict[str, Any]], dense_label: str) -> None:
+    """One line for each condition; differences to FedAvg are paired by seed."""
+    dense = {row["seed"]: row for row in results if row["label"] == dense_label}
+    print(f"{'':<48}{'seeds':>6}{'accuracy':>18}{'spread':>8}{'MB':>9}{'fewer bytes':>13}{'minus FedAvg':>20}")
+    for label in dict.fromkeys(row["label"] for row in results):
+        rows = [row for row in results if row["label"] == label]
+        scores = [row["accuracy"] for row in rows]
+        paired = [row for row in rows if row["seed"] in dense]
+        gaps = [row["accuracy"] - dense[row["seed"]]["accuracy"] for row in paired]
+        moved = mean(row["per_client_bytes"] for row in rows)
+        # Against what FedAvg of the teacher moved in its own run, whatever the number of rounds here.
+        fewer = mean(
+            1 - row["per_client_bytes"] / dense[row["seed"]]["per_client_bytes"] for row in paired or [rows[0]]
+        )
+        spread = f"{stdev(scores):.4f}" if len(scores) > 1 else ""
+        print(
+            f"{label:<48}{len(rows):>6}{interval(scores):>18}{spread:>8}{moved / 1e6:>9.3f}"
+            f"{fewer:>13.2%}{interval(gaps) if gaps else '':>20}"
+        )
+
+
+def draw(results: list[dict[str, Any]], conditions: tuple[Condition, ...], path: Path) -> None:
+    """Accuracy against bytes: a point for each condition, a bar for its spread over seeds."""
+    figure = Figure(figsize=(9.0, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    families = list(dict.fromkeys(condition.family for condition in conditions))
+    for condition in conditions:
+        rows = [row for row in results if row["label"] == condition.label]
+        if not rows:
+            continue
+        scores = [row["accuracy"] for row in rows]
+        moved = mean(row["per_client_bytes"] for row in rows) / 1e6
+        index = families.index(condition.family)
+        ours = "transform_coding" in condition.label or "ef21" in condition.label
+        axes.errorbar(
+            moved,
+            mean(scores),
+            yerr=stdev(scores) if len(scores) > 1 else None,
+            fmt="os^D"[index % 4],
+            color=f"C{index}",
+            markerfacecolor=f"C{index}" if ours else "white",
+            markersize=6,
+            elinewidth=0.8,
+            capsize=2,
+        )
+        name = condition.label.removeprefix(f"{condition.family}, ")
+        axes.annotate(name, (moved, mean(scores)), xytext=(5, 4), textcoords="offset points", fontsize=6.5)
+    for index, family in enumerate(families):
+        axes.plot([], [], "os^D"[index % 4], color=f"C{index}", label=family)
+    axes.set_xscale("log")
+    axes.set(xlabel="MB moved per client, up and down (log scale)", ylabel="accuracy, mean of the last three rounds")
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def main() -> None:
+    """Measure what is missing, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=sorted(TASKS), nargs="?", default="digits")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--run", action="append", help="a label; several may be given; all when none is")
+    parser.add_argument("--set", action="append", default=[], help="key.key=value, over what the YAML says")
+    parser.add_argument("--output", type=Path, default=Path())
+    options = parser.parse_args()
+    logging.getLogger("fedkd").setLevel(logging.ERROR)
+    conditions = TASKS[options.task]
+    wanted = [c for c in conditions if not options.run or c.label in options.run]
+    done_dir: Path = options.output / f"frontier_{options.task}_runs"
+    done_dir.mkdir(parents=True, exist_ok=True)
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for condition in wanted:
+            name = "".join(c if c.isalnum() else "_" for c in condition.label)
+            path = done_dir / f"{name}_{seed}.json"
+            if not path.exists():
+                found = measure(condition, seed, options.set)
+                path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+                print(f"{condition.label} seed {seed}: {found['accuracy']:.4f}, {found['fewer']:.2%} fewer", flush=True)
+    order = {condition.label: index for index, condition in enumerate(conditions)}
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(done_dir.glob("*.json"))]
+    results.sort(key=lambda row: (order.get(row["label"], len(order)), row["seed"]))
+    print_table(results, conditions[0].label)
+    target = options.output / f"frontier_{options.task}"
+    target.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw(results, conditions, target.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

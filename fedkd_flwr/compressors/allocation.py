@@ -1,0 +1,223 @@
+"""Where the bits of one update go: one step for all tensors, and for each tensor the form that is worth most.
+
+At a step, a component (a singular value with its two vectors, or a row) is sent if the error it takes away is worth its
+bytes at the price that the step stands for. So the tensors share one threshold of energy for each byte, instead of one
+share of energy for every matrix.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkd_flwr.compressors.payload import coded_shape
+from fedkd_flwr.core.arrays import Array, TensorSpec
+from fedkd_flwr.core.low_rank import PartialSvd, matrix_shape
+from fedkd_flwr.core.rate_distortion import ERROR_PER_BYTE, quantised
+
+Floats = NDArray[np.float64]
+
+_CODE_BITS = 8.0  # of a rank, or of a dense tensor
+_ROW_BITS = 1.0  # for naming the rows that are sent
+_BISECTIONS = 13
+
+
+class Candidate:
+    """One tensor of an update, as far as it is decomposed.
+
+    Args:
+        tensor: a parameter.
+        value: its update.
+        seed: of the random projections.
+    """
+
+    def __init__(self, tensor: TensorSpec, value: Array, seed: int) -> None:
+        self.tensor = tensor
+        matrix = np.ascontiguousarray(value, np.float32).reshape(coded_shape(tensor))
+        energies = np.einsum("ij,ij->i", matrix, matrix, dtype=np.float64)
+        present = energies > 0
+        # Rows that did not move at all are cheaper to leave out by name; an embedding has many.
+        self.rows = None if present.all() else present
+        self.matrix = matrix if self.rows is None else matrix[present]
+        self.row_energies = energies[present]
+        self.energy = float(energies.sum())
+        self.svd: PartialSvd | None = None
+        if matrix_shape(tensor.shape) is not None and min(self.matrix.shape) > 1:
+            try:
+                self.svd = PartialSvd(self.matrix, seed)
+            except np.linalg.LinAlgError:
+                self.svd = None  # it travels dense
+
+    @property
+    def singular_values(self) -> Floats:
+        """As many as are found."""
+        return self.svd.singular_values if self.svd is not None else np.zeros(0)
+
+    def grow(self) -> bool:
+        """Find more singular values; say whether there are more now."""
+        if self.svd is None or self.svd.complete:
+            return False
+        try:
+            self.svd.grow()
+        except np.linalg.LinAlgError:
+            self.svd = None
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """What to send at one step.
+
+    Attributes:
+        step: of all coded integers.
+        ranks: for each candidate; 0 where it is not factored.
+        rows: for each candidate, which of its rows are sent as they are; none where it is factored.
+        error: expected total squared error.
+        num_bytes: expected.
+        short: candidates whose smallest known singular value is still worth sending.
+    """
+
+    step: float
+    ranks: NDArray[np.int64]
+    rows: Sequence[NDArray[np.bool_]]
+    error: float
+    num_bytes: float
+    short: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class _Worth:
+    """Every component that could be sent at one step: singular values of all candidates, then rows of all candidates.
+
+    Attributes:
+        step: of all coded integers.
+        saved: squared error that each takes away.
+        bits: that it takes.
+        sent: whether that pays.
+        short: candidates whose smallest known singular value is still worth sending.
+    """
+
+    step: float
+    saved: Floats
+    bits: Floats
+    sent: NDArray[np.bool_]
+    short: NDArray[np.bool_]
+
+    def best_first(self) -> NDArray[np.int64]:
+        """Those that are sent, by what they save for each bit."""
+        sent = np.flatnonzero(self.sent)
+        return sent[np.argsort(-self.saved[sent] / self.bits[sent], kind="stable")]
+
+    def only(self, chosen: NDArray[np.int64]) -> "_Worth":
+        """The same with only these sent."""
+        sent = np.zeros_like(self.sent)
+        sent[chosen] = True
+        return replace(self, sent=sent)
+
+
+class Allocator:
+    """Allocations of one update at any step; everything about the tensors is laid out flat."""
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        self._energies = np.array([c.energy for c in candidates])
+        self.total = float(self._energies.sum())
+        self.largest = max((float(np.abs(c.matrix).max(initial=0.0)) for c in candidates), default=0.0)
+        self._candidates = candidates
+        self._refresh()
+
+    def at(self, step: float) -> Allocation:
+        """The best forms at this step."""
+        return self._allocation(self._worth(step))
+
+    def _worth(self, step: float) -> "_Worth":
+        price = ERROR_PER_BYTE * step**2 / 8.0  # of a bit
+        saved, bits = self._components(step)
+        kept = saved > price * bits
+        factored_gain = np.bincount(self._owner, np.where(kept, saved - price * bits, 0.0), self._energies.size)
+        ranks = np.bincount(self._owner[kept], minlength=self._energies.size)
+        row_saved, row_bits = self._rows(step)
+        row_kept = row_saved > price * row_bits
+        dense_gain = np.bincount(self._row_owner, np.where(row_kept, row_saved - price * row_bits, 0.0), ranks.size)
+        dense = dense_gain > factored_gain + price * _CODE_BITS
+        short = ~self._complete & (ranks == self._num_known) & (ranks > 0)
+        sent = np.concatenate([kept & ~dense[self._owner], row_kept & dense[self._row_owner]])
+        return _Worth(step, np.concatenate([saved, row_saved]), np.concatenate([bits, row_bits]), sent, short)
+
+    def _allocation(self, worth: "_Worth") -> Allocation:
+        sent, rows_sent = np.split(worth.sent, [self._owner.size])
+        ranks = np.bincount(self._owner[sent], minlength=self._energies.size)
+        rows = np.split(rows_sent, self._row_ends)
+        error = max(self.total - float(worth.saved[worth.sent].sum()), 0.0)
+        return Allocation(worth.step, ranks, rows, error, float(worth.bits[worth.sent].sum()) / 8.0, worth.short)
+
+    def at_step(self, step: float) -> Allocation:
+        """The best forms at this step, with as much of each spectrum as matters there."""
+        while self._grow(found := self.at(step)):
+            pass
+        return found
+
+    def for_error(self, most_error: float) -> Allocation:
+        """The largest step that leaves at most so much squared error, without what is not needed for that."""
+        worth = self._search(lambda tried: self.total - tried.saved[tried.sent].sum() > most_error)
+        order = worth.best_first()
+        needed = int(np.searchsorted(np.cumsum(worth.saved[order]), self.total - most_error)) + 1
+        return self._allocation(worth.only(order[:needed]))
+
+    def for_bytes(self, most_bytes: float) -> Allocation:
+        """The smallest step that takes more than so many bytes, without what does not fit in them."""
+        worth = self._search(lambda tried: tried.bits[tried.sent].sum() <= 8.0 * most_bytes)
+        order = worth.best_first()
+        fitting = int(np.searchsorted(np.cumsum(worth.bits[order]), 8.0 * most_bytes, side="right"))
+        return self._allocation(worth.only(order[:fitting]))
+
+    def _search(self, is_coarse: Callable[["_Worth"], bool]) -> "_Worth":
+        """The largest step that is fine enough; more of a spectrum is found where it turns out to matter.
+
+        Components of equal size enter together, so what one step sends may be far more than what the next one does. The
+        caller drops the least of them.
+        """
+        while True:
+            low, high = self.largest * 2.0**-16, self.largest * 8.0 * self._widest
+            for _ in range(_BISECTIONS):
+                middle = float(np.sqrt(low * high))
+                low, high = (low, middle) if is_coarse(self._worth(middle)) else (middle, high)
+            found = self._worth(low)
+            if not self._grow(found):
+                return found
+
+    def _grow(self, found: "_Worth | Allocation") -> bool:
+        """Find more of the spectra that were too short; say whether there is more now."""
+        grown = [c.grow() for c, short in zip(self._candidates, found.short, strict=True) if short]
+        if any(grown):
+            self._refresh()
+        return any(grown)
+
+    def _refresh(self) -> None:
+        """Lay out what is known of the spectra."""
+        known = [c.singular_values for c in self._candidates]
+        self._num_known = np.array([values.size for values in known], np.int64)
+        self._complete = np.array([c.svd is None or c.svd.complete for c in self._candidates], np.bool_)
+        self._owner = np.repeat(np.arange(len(known)), self._num_known)
+        values = np.concatenate(known) if known else np.zeros(0)
+        self._squares = np.square(values)
+        shapes = np.array([c.matrix.shape for c in self._candidates], np.float64).reshape(-1, 2)
+        self._sides = shapes[self._owner].T
+        with np.errstate(divide="ignore"):
+            self._spreads = np.log2(values) - 0.5 * np.log2(self._sides)  # of both factors' entries
+        self._widest = float(np.sqrt(shapes.max(initial=1.0)))
+        self._row_ends = np.cumsum([c.row_energies.size for c in self._candidates])[:-1]
+        self._row_owner = np.repeat(np.arange(len(known)), [c.row_energies.size for c in self._candidates])
+        energies = [c.row_energies for c in self._candidates]
+        self._row_energies = np.concatenate(energies) if energies else np.zeros(0)
+        self._row_sizes = shapes[self._row_owner, 1]
+        self._row_spreads = 0.5 * np.log2(self._row_energies / self._row_sizes)
+
+    def _components(self, step: float) -> tuple[Floats, Floats]:
+        """Error taken away, and bits, of every known singular value."""
+        bits, kept = quantised(self._spreads - np.log2(step))
+        return self._squares * kept[0] * kept[1], self._sides[0] * bits[0] + self._sides[1] * bits[1] + _CODE_BITS
+
+    def _rows(self, step: float) -> tuple[Floats, Floats]:
+        bits, kept = quantised(self._row_spreads - np.log2(step))
+        return self._row_energies * kept, self._row_sizes * bits + _ROW_BITS

@@ -1,0 +1,111 @@
+"""Where a task's tables come from: a data set of the Hugging Face Hub, or local files, by one call of `datasets`.
+
+Parquet, CSV, JSON and folders of images are read alike. The library keeps an Arrow copy in its cache, maps it into
+memory and reads single rows, so a process holds no more than it asks for.
+"""
+
+import logging
+import os
+import re
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_MAX_REASON = 300
+
+
+class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """A data set with a split to train on and one to test on. Text instead of a mapping is the path.
+
+    Attributes:
+        path: a folder, a file, or the id of a data set of the Hugging Face Hub. What exists here is made absolute,
+            because the processes of a deployment start in another directory.
+        config: one of the data set's configurations, where it has several.
+        revision: commit, branch or tag of a data set of the Hub.
+        train_split: its training examples, such as "train" or "train[:80%]"; a single file is all "train".
+        test_split: the server's test examples.
+    """
+
+    path: str = Field(min_length=1)
+    config: str | None = Field(None, min_length=1)
+    revision: str | None = Field(None, min_length=1)
+    train_split: str = Field("train", min_length=1)
+    test_split: str = Field("test", min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        local = os.path.expanduser(path)
+        return os.path.abspath(local) if os.path.exists(local) else path
+
+    def load(self) -> "tuple[Dataset, Dataset]":
+        """The training split and the test split.
+
+        Raises:
+            ValueError: if there is no such data, it can't be read, or a split is empty.
+        """
+        # Imported here: it takes seconds, and checking a configuration should not.
+        import datasets
+
+        local = os.path.exists(self.path)
+        if not local and not _HUB_ID.fullmatch(self.path):
+            raise ValueError(
+                f"task.source: there is no folder or file {self.path!r}; "
+                "set task.source.path to one, or to the id of a data set of the Hugging Face Hub"
+            )
+        path, data_files = os.path.split(self.path) if os.path.isfile(self.path) else (self.path, None)
+        splits = [self.train_split, self.test_split]
+        datasets.disable_progress_bars()
+        logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README need not be a data card
+        try:
+            tables = datasets.load_dataset(
+                path, self.config, data_files=data_files, split=splits, revision=self.revision
+            )
+        except Exception as error:  # the library's own, and those of the network, the disk and every file format
+            raise ValueError(f"task.source: {self._failure(error, local=local)}") from error
+        return cast("tuple[Dataset, Dataset]", tuple(tables))
+
+    def _failure(self, error: Exception, *, local: bool) -> str:
+        cause = error.__cause__ or error
+        reason = " ".join(f"{type(cause).__name__}: {cause}".split()).removesuffix(".")[:_MAX_REASON]
+        if local:
+            return (
+                f"{self.path!r} can't be loaded ({reason}); "
+                "it must hold Parquet, CSV, JSON or image files, and have both train_split and test_split"
+            )
+        return (
+            f"{self.path!r} is no folder or file here, and can't be loaded from the Hugging Face Hub ({reason}); "
+            "check path, config, revision, splits and the connection"
+        )
+
+
+def require_column(table: "Dataset", column: str, key: str) -> None:
+    """Check that a split has a column.
+
+    Args:
+        table: a split.
+        column: its name.
+        key: the option that names the column.
+
+    Raises:
+        ValueError: if it does not; the message lists the columns that are there.
+    """
+    if column not in table.column_names:
+        raise ValueError(
+            f"{key}: split {str(table.split)!r} has no column {column!r}; columns: {', '.join(table.column_names)}"
+        )
+
+
+def column_values(table: "Dataset", column: str, key: str) -> list[Any]:
+    """All values of a column; see `require_column`."""
+    require_column(table, column, key)
+    return cast(list[Any], table.select_columns([column])[:][column])

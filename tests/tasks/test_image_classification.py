@@ -1,0 +1,467 @@
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+from pydantic import ValidationError
+from torch import nn
+
+import client_app
+from fedkd_flwr.experiment import parse
+from fedkd_flwr.flower.in_process import run_in_process
+from fedkd_flwr.measure.summary import read_summary
+from fedkd_flwr.tasks.image_classification import (
+    Cnn,
+    CnnOptions,
+    ImageClassification,
+    ImageClassificationOptions,
+    load_cnn,
+)
+from tests.conftest import ROOT
+from tests.tasks.conftest import everything, images, state
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+SIDE, NUM_CLASSES, NUM_CLIENTS = 8, 3, 4
+NUM_TRAIN, NUM_TEST = 48, 12
+MNIST = ROOT.parent / "shared" / "data" / "mnist"
+SMALL = {"num_channels": [2], "kernel_size": 3, "hidden_size": 4}
+NATURAL = {"name": "natural", "column": "site"}
+
+
+def png(pixels: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rows(num: int, first: int = 0, side: int = SIDE) -> dict[str, list[Any]]:
+    """Distinct grey images; labels and sites take turns."""
+    images = [np.random.default_rng(first + i).integers(0, 256, (side, side), np.uint8) for i in range(num)]
+    return {
+        "image": [{"bytes": png(image), "path": None} for image in images],
+        "label": [i % NUM_CLASSES for i in range(num)],
+        "site": [f"site{i // NUM_CLASSES % NUM_CLIENTS}" for i in range(num)],
+    }
+
+
+def write(folder: Path, split: str, data: dict[str, list[Any]], *, named: bool = True) -> None:
+    table = Dataset.from_dict(data)
+    if isinstance(data["image"][0], dict):
+        table = table.cast_column("image", ImageFeature())
+    if named:
+        table = table.cast_column("label", ClassLabel(names=["red", "green", "blue"]))
+    folder.mkdir(exist_ok=True)
+    table.to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write(folder, "train", rows(NUM_TRAIN))
+    write(folder, "test", rows(NUM_TEST, first=NUM_TRAIN))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Data that a test may spoil."""
+    write(tmp_path / "data", "train", rows(NUM_TRAIN))
+    write(tmp_path / "data", "test", rows(NUM_TEST, first=NUM_TRAIN))
+    return tmp_path / "data"
+
+
+def options(folder: Path, **changes: object) -> ImageClassificationOptions:
+    chosen = {"source": str(folder), "channels": 1, "teacher": SMALL, "student": SMALL, **changes}
+    return ImageClassificationOptions.model_validate(chosen)
+
+
+def build(folder: Path, num_clients: int = NUM_CLIENTS, seed: int = 0, **changes: object) -> ImageClassification:
+    return options(folder, **changes).build(num_clients, seed)
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return state(a).keys() == state(b).keys() and all(torch.equal(state(a)[name], state(b)[name]) for name in state(a))
+
+
+def refusal(folder: Path, num_clients: int = NUM_CLIENTS, **changes: object) -> str:
+    """Why this can't be built, or why a client of it can't be had."""
+    with pytest.raises(ValueError) as caught:
+        task = build(folder, num_clients, **changes)
+        for client in range(num_clients):
+            task.client_data(client)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("partition", [{"name": "iid"}, {"name": "dirichlet", "min_examples": 4}, NATURAL], ids=str)
+def test_each_training_image_belongs_to_one_client_and_the_test_split_to_the_server(
+    partition: object, stored: Path
+) -> None:
+    task = build(stored, partition=partition)
+    clients = [task.client_data(client) for client in range(NUM_CLIENTS)]
+    held = [data.train for data in clients]
+    if partition != NATURAL:
+        held += [data.test for data in clients]
+    assert sum(map(len, held)) == NUM_TRAIN
+    assert len(set().union(*map(images, held))) == NUM_TRAIN  # all images differ
+    assert len(images(task.test_data())) == NUM_TEST
+    assert not set().union(*map(images, held)) & images(task.test_data())
+
+
+def test_a_natural_client_scores_on_its_own_rows_of_the_test_split(stored: Path) -> None:
+    task = build(stored, partition=NATURAL)
+    own = [images(task.client_data(client).test) for client in range(NUM_CLIENTS)]
+    assert set().union(*own) == images(task.test_data())
+    assert sum(map(len, own)) == NUM_TEST
+
+
+def test_a_natural_client_without_rows_in_the_test_split_keeps_a_share_of_its_own(folder: Path) -> None:
+    write(folder, "test", {name: values[:3] for name, values in rows(NUM_TEST, first=NUM_TRAIN).items()})
+    task = build(folder, partition=NATURAL, client_test_fraction=0.25)
+    sizes = [(len(data.train), len(data.test)) for data in map(task.client_data, range(NUM_CLIENTS))]
+    assert sizes == [(12, 3), (9, 3), (9, 3), (9, 3)]
+
+
+def test_a_test_split_without_the_column_leaves_every_natural_client_a_share_of_its_own(folder: Path) -> None:
+    test = rows(NUM_TEST, first=NUM_TRAIN)
+    del test["site"]
+    write(folder, "test", test)
+    data = build(folder, partition=NATURAL, client_test_fraction=0.5).client_data(0)
+    assert (len(data.train), len(data.test)) == (6, 6)
+    assert not images(data.train) & images(data.test)
+
+
+@pytest.mark.parametrize("most", [1, 2, 100])
+def test_a_client_trains_on_no_more_of_a_class_than_asked_and_scores_on_as_many(most: int, stored: Path) -> None:
+    whole = build(stored, partition=NATURAL).client_data(1)
+    data = build(stored, partition=NATURAL, max_examples_per_class=most).client_data(1)
+    counts = Counter(everything(data.train)["labels"].tolist())
+    assert counts == dict.fromkeys(range(NUM_CLASSES), min(most, 4))
+    assert images(data.train) <= images(whole.train)
+    assert images(data.test) == images(whole.test)
+
+
+def test_the_seed_decides_which_examples_of_a_class_those_are(stored: Path) -> None:
+    first, again, other = (
+        images(build(stored, seed=seed, partition=NATURAL, max_examples_per_class=1).client_data(0).train)
+        for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_pixels_are_standardised_and_keep_their_labels(stored: Path) -> None:
+    batch = everything(build(stored).test_data())
+    source = rows(NUM_TEST, first=NUM_TRAIN)
+    for row, (pixels, label) in enumerate(zip(batch["pixel_values"], batch["labels"], strict=True)):
+        raw = np.array(Image.open(io.BytesIO(source["image"][row]["bytes"])), np.float32)
+        np.testing.assert_allclose(pixels[0], raw / 127.5 - 1, atol=1e-6)
+        assert label == source["label"][row]
+
+
+def test_every_channel_has_its_own_constants(tmp_path: Path) -> None:
+    colour = np.full((SIDE, SIDE, 3), (255, 51, 0), np.uint8)
+    data = {"image": [{"bytes": png(colour), "path": None}] * 6, "label": [0, 1, 2] * 2}
+    for split in ("train", "test"):
+        write(tmp_path, split, data)
+    task = build(tmp_path, 1, channels=3, pixel_mean=[0.5, 0.1, 0.0], pixel_std=[0.5, 0.1, 0.2])
+    pixels = everything(task.test_data())["pixel_values"]
+    assert pixels.shape == (6, 3, SIDE, SIDE)
+    torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor([1.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_any_mode_are_converted(channels: int, tmp_path: Path) -> None:
+    grey = np.full((SIDE, SIDE), 200, np.uint8)
+    modes = [Image.fromarray(grey).convert(mode) for mode in ("L", "RGB", "RGBA", "P", "LA", "CMYK")]
+    encoded = []
+    for image in modes:
+        buffer = io.BytesIO()
+        image.save(buffer, "TIFF")
+        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    for split in ("train", "test"):
+        write(tmp_path, split, {"image": encoded, "label": [0, 1, 2] * 2})
+    pixels = everything(build(tmp_path, 1, channels=channels).test_data())["pixel_values"]
+    torch.testing.assert_close(pixels, torch.full((6, channels, SIDE, SIDE), 200 / 127.5 - 1), atol=0.02, rtol=0)
+
+
+def test_images_of_different_sizes_are_resized(folder: Path) -> None:
+    write(folder, "test", rows(NUM_TEST, side=11))
+    task = build(folder, image_size=6)
+    assert everything(task.test_data())["pixel_values"].shape == (NUM_TEST, 1, 6, 6)
+    assert task.example_batch()["pixel_values"].shape == (1, 1, 6, 6)
+
+
+def test_images_need_not_be_square(tmp_path: Path) -> None:
+    wide = {"image": [{"bytes": png(np.zeros((6, 10), np.uint8)), "path": None}] * 6, "label": [0, 1, 2] * 2}
+    for split in ("train", "test"):
+        write(tmp_path, split, wide)
+    task = build(tmp_path, 1)
+    batch = next(iter(task.test_data().batches(2)))
+    assert batch["pixel_values"].shape == (2, 1, 6, 10)
+    assert task.forward(task.build_models(0).teacher, batch, hidden_states=False, attentions=False).logits.shape[0] == 2
+
+
+def test_a_folder_of_images_in_folders_of_classes_is_read(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(4):
+                pixels = np.full((SIDE, SIDE), 200 if label == "dog" else i, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / label / f"{i}.png")
+    batch = everything(build(tmp_path, 2).test_data())
+    assert torch.equal(batch["pixel_values"].mean(dim=(1, 2, 3)) > 0, batch["labels"] == 1)
+
+
+def test_classes_without_names_are_counted(folder: Path) -> None:
+    for split in ("train", "test"):
+        write(folder, split, rows(NUM_TRAIN), named=False)
+    task = build(folder)
+    out = task.forward(task.build_models(0).student, task.example_batch(), hidden_states=False, attentions=False)
+    assert out.logits.shape == (1, NUM_CLASSES)
+
+
+def test_a_client_decodes_its_own_rows_only_and_once(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = build(stored, partition=NATURAL)
+    decoded: list[object] = []
+    decode = ImageFeature.decode_example
+    for part in (task._train, task._test):
+        monkeypatch.setattr(part, "_decode", lambda value: (decoded.append(value), decode(ImageFeature(), value))[1])
+    first = task.client_data(2)
+    assert len(decoded) == len(first.train) + len(first.test) == (NUM_TRAIN + NUM_TEST) / NUM_CLIENTS
+    assert task.client_data(2) is first
+    assert len(decoded) == len(first.train) + len(first.test)
+
+
+def test_images_are_kept_as_bytes(stored: Path) -> None:
+    examples: Any = build(stored).test_data()
+    assert examples.num_bytes == NUM_TEST * (SIDE * SIDE + 8)  # and eight for the label
+    assert everything(examples)["pixel_values"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("partition_id", [-1, NUM_CLIENTS])
+def test_a_client_that_does_not_exist_is_an_error(partition_id: int, stored: Path) -> None:
+    with pytest.raises(ValueError, match=r"^partition-id must be in \[0, 3\]"):
+        build(stored).client_data(partition_id)
+
+
+def test_the_default_network_on_mnists_images_has_582026_parameters() -> None:
+    model = CnnOptions().build((1, 28, 28), 10)
+    assert sum(p.numel() for p in model.parameters()) == 582_026
+
+
+def test_the_network_is_convolution_relu_maximum_and_two_linear_layers() -> None:
+    model = CnnOptions(num_channels=(3, 5), kernel_size=3, hidden_size=7).build((2, 12, 15), 4)
+    layers: list[nn.Module] = []
+    for convolution in model.convolutions:
+        layers += [convolution, nn.ReLU(), nn.MaxPool2d(2)]
+    plain = nn.Sequential(*layers, nn.Flatten(), model.hidden, nn.ReLU(), model.classifier)
+    batch = torch.randn(6, 2, 12, 15, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(batch), plain(batch))
+    assert model(batch).shape == (6, 4)
+
+
+def test_the_same_seed_builds_the_same_models_and_another_builds_others(stored: Path) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, again, other = (
+        build(stored, seed=task_seed).build_models(seed) for task_seed, seed in ((0, 7), (9, 7), (0, 8))
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert equal(first.teacher, again.teacher)
+    assert equal(first.student, again.student)
+    assert not equal(first.teacher, other.teacher)
+
+
+def test_the_student_starts_with_the_teachers_tensors_where_names_and_shapes_agree(stored: Path) -> None:
+    same = build(stored).build_models(0)
+    assert equal(same.teacher, same.student)
+    narrow = build(stored, student={**SMALL, "hidden_size": 2}).build_models(0)
+    teacher, student = state(narrow.teacher), state(narrow.student)
+    agree = {name for name in student if student[name].shape == teacher[name].shape}
+    assert agree == {"convolutions.0.weight", "convolutions.0.bias", "classifier.bias"}
+    assert all(torch.equal(student[name], teacher[name]) for name in agree)
+
+
+def test_a_forward_pass_returns_logits_and_labels_but_no_hidden_states(stored: Path) -> None:
+    task = build(stored)
+    batch = next(iter(task.test_data().batches(5)))
+    out = task.forward(task.build_models(0).teacher, batch, hidden_states=True, attentions=True)
+    assert out.logits.shape == (5, NUM_CLASSES)
+    assert torch.equal(out.labels, batch["labels"])
+    assert (out.hidden_states, out.attentions, out.token_mask) == (None, None, None)
+
+
+def test_the_example_batch_is_shaped_like_real_data(stored: Path) -> None:
+    task = build(stored)
+    example, real = task.example_batch(), next(iter(task.test_data().batches(1)))
+    assert {n: (t.shape, t.dtype) for n, t in example.items()} == {n: (t.shape, t.dtype) for n, t in real.items()}
+
+
+def test_a_model_that_always_answers_one_class_scores_that_classs_share(stored: Path) -> None:
+    task = build(stored)
+    model = task.build_models(0).student
+    assert isinstance(model, Cnn)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.eye(NUM_CLASSES)[1] * 100)
+    score = task.score(model, task.test_data())
+    assert score["accuracy"] == pytest.approx(1 / NUM_CLASSES)
+    assert score["loss"] == pytest.approx(100 * (1 - 1 / NUM_CLASSES), rel=1e-5)
+
+
+def test_an_exported_model_is_read_back_with_all_that_is_needed_to_use_it(stored: Path, tmp_path: Path) -> None:
+    task = build(stored, pixel_mean=0.25)
+    model = task.build_models(3).teacher
+    for _ in range(2):  # each evaluation writes it anew
+        task.export(model, tmp_path / "some" / "model")
+    loaded = load_cnn(tmp_path / "some" / "model")
+    pixels = next(iter(task.test_data().batches(4)))["pixel_values"]
+    assert torch.equal(loaded(pixels), model(pixels))
+    config = json.loads((tmp_path / "some" / "model" / "config.json").read_text())
+    assert config["label_names"] == ["red", "green", "blue"]
+    assert config["pixels"] == {"image_size": None, "channels": 1, "pixel_mean": [0.25], "pixel_std": [0.5]}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"channels": 2},
+        {"image_size": 0},
+        {"max_examples_per_class": 0},
+        {"pixel_std": 0.0},
+        {"pixel_mean": 1.5},
+        {"pixel_mean": [0.1, 0.2]},
+        {"partition": {"name": "natural"}},
+        {"teacher": {"name": "mlp"}},
+        {"teacher": {"num_channels": []}},
+        {"student": {"num_channels": [0]}},
+        {"student": {"kernel_size": 0}},
+        {"colour": True},
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(wrong: dict[str, object], stored: Path) -> None:
+    with pytest.raises(ValidationError):
+        options(stored, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "start"),
+    [
+        ({"image_column": "x"}, "task.image_column: split 'train' has no column 'x'; columns: image, label, site"),
+        ({"label_column": "x"}, "task.label_column: split 'train' has no column 'x'; columns: image, label, site"),
+        ({"image_column": "label"}, "task.image_column: 'label' holds no images but ClassLabel("),
+        ({"image_column": "site"}, "task.image_column: the image of row 0 of split 'train' can't be read ("),
+        ({"label_column": "site"}, "task.label_column: 'site' of split 'train' must hold a whole number in every row"),
+        ({"label_column": "image"}, "task.label_column: 'image' of split 'train' must hold a whole number in every"),
+        ({"partition": NATURAL | {"column": "x"}}, "task.partition.column: split 'train' has no column 'x'; columns: "),
+        ({"num_clients": 3, "partition": NATURAL}, "num_clients: must be 4, the number of distinct values of column "),
+        ({"num_clients": 25}, "num_clients: 25 clients need at least 50 training examples, the data has 48"),
+        (
+            {"student": {**SMALL, "kernel_size": 8}},
+            "task.student: 1 convolutions with kernel_size 8 leave nothing of images of 8x8 pixels; lower kernel_size",
+        ),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_the_data_are_refused_with_the_key(
+    wrong: dict[str, Any], start: str, stored: Path
+) -> None:
+    assert refusal(stored, **wrong).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("split", "labels", "start"),
+    [
+        ("train", [0, -1, 2], "task.label_column: 'label' of split 'train' has the label -1, labels start at 0"),
+        ("test", [-1, -1, -1], "task.label_column: 'label' of split 'test' has the label -1, labels start at 0"),
+        ("test", [0, 1, 3], "task.label_column: 'label' has the label 3, the training split's classes are 0 to 2"),
+        ("train", [0, None, 2], "task.label_column: 'label' of split 'train' must hold a whole number in every row"),
+        ("train", [0, 0, 0], "task.label_column: 'label' has one class only"),
+        ("train", [0.0, 1.0, 2.0], "task.label_column: 'label' of split 'train' must hold a whole number in every row"),
+    ],
+    ids=str,
+)
+def test_labels_that_are_no_classes_are_refused(split: str, labels: list[Any], start: str, folder: Path) -> None:
+    for name in ("train", "test"):
+        data = rows(24)
+        write(folder, name, data | ({"label": labels * 8} if name == split else {}), named=False)
+    if split == "test" or isinstance(labels[0], int):
+        assert refusal(folder).startswith(start)
+    else:
+        (folder / "test.parquet").unlink()  # splits of one data set must agree in their types
+        slices = {"path": str(folder), "train_split": "train[:12]", "test_split": "train[12:]"}
+        assert refusal(folder, source=slices).startswith("task.label_column: 'label' of split 'train[:12]' must hold")
+
+
+def test_images_of_different_sizes_are_refused_with_the_row_and_the_remedy(folder: Path) -> None:
+    data = rows(NUM_TRAIN)
+    data["image"][7] = rows(1, side=9)["image"][0]
+    write(folder, "train", data)
+    assert refusal(folder) == (
+        "task.image_size: images differ in size: row 7 of split 'train' is 9x9 pixels, the first training image 8x8; "
+        "set image_size to resize them"
+    )
+
+
+@pytest.mark.parametrize("damaged", [b"no image", png(np.zeros((8, 8), np.uint8))[:-30]], ids=["text", "cut"])
+def test_an_image_that_can_not_be_read_is_refused_with_its_row(damaged: bytes, folder: Path) -> None:
+    data = rows(NUM_TRAIN)
+    data["image"][5] = {"bytes": damaged, "path": None}
+    write(folder, "train", data)
+    assert refusal(folder).startswith("task.image_column: the image of row 5 of split 'train' can't be read (")
+
+
+def test_a_natural_client_with_a_single_row_must_have_test_rows(folder: Path) -> None:
+    data = rows(NUM_TRAIN)
+    data["site"][0] = "alone"
+    write(folder, "train", data)
+    start = "task.partition: client 0 has one training example and none in the test split"
+    assert refusal(folder, 5, partition=NATURAL).startswith(start)
+
+
+@pytest.mark.parametrize("algorithm", ["{name: fedavg}", "{name: fedkd, hidden: false, attention: false}"])
+def test_an_experiment_on_images_runs_to_its_end(algorithm: str, stored: Path, tmp_path: Path) -> None:
+    text = f"""
+name: images
+num_clients: {NUM_CLIENTS}
+num_rounds: 2
+task: {options(stored, partition=NATURAL).model_dump_json()}
+algorithm: {algorithm}
+"""
+    run_dir = run_in_process(parse(text), client_app.app, tmp_path / "run")
+    summary = read_summary(run_dir)
+    assert summary is not None
+    assert summary["status"] == "completed"
+    assert load_cnn(run_dir / "student").config["num_classes"] == NUM_CLASSES
+
+
+def test_mnist_as_divided_among_twenty_clients_is_learned() -> None:
+    if not MNIST.exists():
+        pytest.skip("MNIST is not beside this repository")
+    task = build(
+        MNIST,
+        20,
+        partition={"name": "natural", "column": "pfllib_client"},
+        max_examples_per_class=60,
+        teacher={"num_channels": [8]},
+        student={"num_channels": [8]},
+    )
+    data = everything(task.client_data(0).train)
+    assert max(Counter(data["labels"].tolist()).values()) == 60
+    # A wrong pairing of images and labels would classify at chance.
+    train = [everything(task.client_data(client).train) for client in range(20)]
+    pixels = torch.cat([batch["pixel_values"].flatten(1) for batch in train])
+    labels = torch.cat([batch["labels"] for batch in train])
+    means = torch.stack([pixels[labels == label].mean(dim=0) for label in range(10)])
+    server = everything(task.test_data())
+    guesses = torch.cdist(server["pixel_values"].flatten(1), means).argmin(dim=1)
+    assert (guesses == server["labels"]).float().mean() > 0.75
