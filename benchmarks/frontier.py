@@ -71,17 +71,19 @@ CODECS = {
     "transform_coding, no feedback": f"{TRANSFORM}, error_feedback: none",
     "transform_coding, uplink feedback": f"{TRANSFORM}, error_feedback: uplink",
     "transform_coding, downlink feedback": f"{TRANSFORM}, error_feedback: downlink",
-    "transform_coding, 0.4 to 0.6": f"{TRANSFORM}, energy_start: 0.4, energy_end: 0.6",
-    "transform_coding, 0.8 to 0.9": f"{TRANSFORM}, energy_start: 0.8, energy_end: 0.9",
+    "transform_coding, 0.7 to 0.5": f"{TRANSFORM}, energy_start: 0.7, energy_end: 0.5",
     "transform_coding, 8 kB a round": f"{TRANSFORM}, bytes_per_round: 8000",
-    "transform_coding, 16 kB a round": f"{TRANSFORM}, bytes_per_round: 16000",
+    "transform_coding, 20.5 kB a round": f"{TRANSFORM}, bytes_per_round: 20500",
     "ef21": "name: ef21",
 }
 DIGITS = (
     Condition("FedAvg(teacher), dense", "digits_fedavg.yaml", family="FedAvg(teacher)"),
     Condition("FedKD, dense", "digits_fedkd.yaml", (codec("name: identity"),), "FedKD"),
     Condition("FedKD, svd as published", "digits_fedkd.yaml", (codec("name: svd"),), "FedKD"),
-    Condition("FedKD, transform_coding", "digits_fedkd.yaml", (), "FedKD"),
+    Condition("FedKD, transform_coding, 20.5 kB a round", "digits_fedkd.yaml", (), "FedKD"),
+    Condition(
+        "FedKD, transform_coding, 8 kB a round", "digits_fedkd.yaml", ("compressor.bytes_per_round=8000",), "FedKD"
+    ),
     *(
         Condition(f"FedAvg(student), {name}", "digits_fedavg_student.yaml", (codec(text),), "FedAvg(student)")
         for name, text in CODECS.items()

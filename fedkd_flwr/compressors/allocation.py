@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedkd_flwr.compressors.payload import coded_shape
 from fedkd_flwr.core.arrays import Array, TensorSpec
-from fedkd_flwr.core.low_rank import PartialSvd, matrix_shape
+from fedkd_flwr.core.low_rank import PartialSvd, largest_of, matrix_shape, row_energies
 from fedkd_flwr.core.rate_distortion import ERROR_PER_BYTE, quantised
 
 Floats = NDArray[np.float64]
@@ -35,7 +35,7 @@ class Candidate:
     def __init__(self, tensor: TensorSpec, value: Array, seed: int) -> None:
         self.tensor = tensor
         matrix = np.ascontiguousarray(value, np.float32).reshape(coded_shape(tensor))
-        energies = np.einsum("ij,ij->i", matrix, matrix, dtype=np.float64)
+        energies = row_energies(matrix)
         present = energies > 0
         # Rows that did not move at all are cheaper to leave out by name; an embedding has many.
         self.rows = None if present.all() else present
@@ -45,7 +45,7 @@ class Candidate:
         self.svd: PartialSvd | None = None
         if matrix_shape(tensor.shape) is not None and min(self.matrix.shape) > 1:
             try:
-                self.svd = PartialSvd(self.matrix, seed)
+                self.svd = PartialSvd(self.matrix, seed, self.energy)
             except np.linalg.LinAlgError:
                 self.svd = None  # it travels dense
 
@@ -122,7 +122,7 @@ class Allocator:
     def __init__(self, candidates: Sequence[Candidate]) -> None:
         self._energies = np.array([c.energy for c in candidates])
         self.total = float(self._energies.sum())
-        self.largest = max((float(np.abs(c.matrix).max(initial=0.0)) for c in candidates), default=0.0)
+        self.largest = max((largest_of(c.matrix) for c in candidates), default=0.0)
         self._candidates = candidates
         self._refresh()
 

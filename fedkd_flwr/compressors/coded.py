@@ -175,17 +175,17 @@ def read_coded(data: bytes, shapes: Sequence[Shape]) -> list[Coded]:
     return parts
 
 
-def to_matrix(part: Coded, step: float, shape: tuple[int, int]) -> NDArray[np.float64]:
-    """The values of a part as float64, in its matrix shape."""
+def to_matrix(part: Coded, step: float, shape: tuple[int, int]) -> NDArray[np.float32]:
+    """The values of a part, in its matrix shape: exact in float64, rounded once to float32."""
     if isinstance(part, CodedFactored):
-        scaled = part.right * powers(part.codes)[:, None]
-        values: NDArray[np.float64] = (part.left.astype(np.float64) @ scaled) * step
+        exact = part.left.astype(np.float64) @ (part.right * powers(part.codes)[:, None])
     else:
-        scale = 2 * powers(np.array([part.correction]))
-        values = (part.integers * scale * step).reshape(-1, shape[1])
+        exact = (part.integers * (2 * powers(np.array([part.correction])))).reshape(-1, shape[1])
+    values = np.empty(exact.shape, np.float32)
+    np.multiply(exact, step, out=values, dtype=np.float64, casting="unsafe")
     if part.rows is None:
         return values
-    whole = np.zeros(shape)
+    whole = np.zeros(shape, np.float32)
     whole[part.rows] = values
     return whole
 

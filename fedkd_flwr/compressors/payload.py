@@ -237,7 +237,7 @@ def _to_array(tensor: TensorSpec, part: Part, step: float) -> Array:
     if isinstance(part, Factored):
         return multiply(part.left, part.right).reshape(tensor.shape)
     if isinstance(part, CodedDense | CodedFactored):
-        return to_matrix(part, step, coded_shape(tensor)).astype(np.float32).reshape(tensor.shape)
+        return to_matrix(part, step, coded_shape(tensor)).reshape(tensor.shape)
     values = np.zeros(tensor.size, np.float32)
     if isinstance(part, Sparse):
         values[part.chosen] = part.values

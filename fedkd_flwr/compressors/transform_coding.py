@@ -36,12 +36,12 @@ class TransformOptions(CompressorOptions):
         energy_end: of the last; in between it is linear in the progress. It falls: first updates point along few
             directions and are cheap to keep; of the last, most is what tells the clients apart, and it can wait in the
             residual.
-        bytes_per_round: payload bytes that one client may move in a round, half of them in each direction; null: as
-            many as the energy takes.
+        bytes_per_round: payload bytes that one client moves in a round, half of them in each direction, whatever energy
+            they keep; null: as many as the energy takes.
     """
 
-    energy_start: float = Field(0.85, gt=0, lt=1)
-    energy_end: float = Field(0.6, gt=0, lt=1)
+    energy_start: float = Field(0.9, gt=0, lt=1)
+    energy_end: float = Field(0.8, gt=0, lt=1)
     bytes_per_round: int | None = Field(None, ge=128)
 
     def transform(self, spec: Spec) -> "TransformCodec":

@@ -20,7 +20,8 @@ _NotConverged: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-d
 
 GRAM_SIDE = 256  # up to here the eigenvectors of the Gram matrix cost less than finding a range
 FIRST_RANK = 16
-MAX_RANK_SHARE = 8  # past 1/8 of the smaller side the Gram matrix costs less again
+_SAFE_ENERGY = (1e-20, 1e30)  # squared norms within which float32 loses no square that matters
+MAX_RANK_SHARE = 4  # past 1/4 of the smaller side the Gram matrix costs less again
 
 
 def smallest_rank(singular_values: NDArray[Any], energy: float, total: float | None = None) -> int:
@@ -73,25 +74,28 @@ class PartialSvd:
     Args:
         matrix: float32, shape [rows, cols], finite.
         seed: of the random projections.
+        energy: the squared norm of the matrix, where it is known already.
 
     Raises:
         numpy.linalg.LinAlgError: if the decomposition does not converge, or the matrix is not finite.
     """
 
-    def __init__(self, matrix: Matrix, seed: int = 0) -> None:
+    def __init__(self, matrix: Matrix, seed: int = 0, energy: float | None = None) -> None:
         self.transposed = matrix.shape[0] > matrix.shape[1]
-        dense = torch.from_numpy(np.ascontiguousarray(matrix))
-        self._scale = float(dense.abs().max()) if matrix.size else 0.0
-        if not np.isfinite(self._scale):
+        self.energy = squared_norm(matrix) if energy is None else energy
+        if not np.isfinite(self.energy):
             raise np.linalg.LinAlgError("a matrix that is not finite has no singular values")
-        # Scaled by its largest element, so that no square underflows or overflows float32.
-        scaled = dense / (self._scale or 1.0)
+        scaled = torch.from_numpy(np.ascontiguousarray(matrix))
+        self._scale = 1.0 if self.energy > 0.0 else 0.0
+        if not _SAFE_ENERGY[0] < self.energy < _SAFE_ENERGY[1]:
+            # So that no square underflows or overflows float32.
+            self._scale = largest_of(matrix)
+            scaled = scaled / (self._scale or 1.0)
         self._wide = scaled.T if self.transposed else scaled  # [side, other], side <= other
         self._side = self._wide.shape[0]
         self._random = torch.Generator().manual_seed(seed % 2**63)
         self._basis = torch.zeros(self._side, 0)
         self._image = torch.zeros(self._wide.shape[1], 0)
-        self.energy = squared_norm(scaled.numpy()) * self._scale**2
         self.singular_values = np.zeros(0)
         self.grow()
 
@@ -109,7 +113,7 @@ class PartialSvd:
     @property
     def image(self) -> Matrix:
         """Shape [max(rows, cols), K]; column norms are the singular values."""
-        found: Matrix = (self._image * self._scale).numpy()
+        found: Matrix = (self._image if self._scale == 1.0 else self._image * self._scale).numpy()
         return found
 
     def grow(self) -> None:
@@ -156,6 +160,21 @@ class PartialSvd:
         order = torch.argsort(norms, descending=True, stable=True)  # rounding can swap equal ones
         self._basis, self._image = basis[:, order].contiguous(), image[:, order].contiguous()
         self.singular_values = norms[order].numpy() * self._scale
+
+
+def largest_of(matrix: Matrix) -> float:
+    """The largest magnitude of the elements; 0 where there are none."""
+    return max(float(matrix.max(initial=0.0)), -float(matrix.min(initial=0.0)))
+
+
+def row_energies(matrix: Matrix) -> NDArray[np.float64]:
+    """The squared norm of every row."""
+    with np.errstate(over="ignore"):
+        energies: NDArray[np.float64] = np.einsum("ij,ij->i", matrix, matrix).astype(np.float64)
+    if _SAFE_ENERGY[0] < energies.max(initial=0.0) < _SAFE_ENERGY[1]:
+        return energies
+    wide: NDArray[np.float64] = np.einsum("ij,ij->i", matrix, matrix, dtype=np.float64)
+    return wide
 
 
 def factorise(matrix: Matrix, energy: float, seed: int = 0) -> tuple[Matrix, Matrix]:

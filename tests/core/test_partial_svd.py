@@ -102,7 +102,7 @@ def test_growing_doubles_the_rank_until_everything_is_found(shape: tuple[int, in
     while not found.complete:
         found.grow()
         sizes.append(found.singular_values.size)
-    assert sizes == [FIRST_RANK, 2 * FIRST_RANK, min(shape)]
+    assert sizes == [FIRST_RANK, 2 * FIRST_RANK, 4 * FIRST_RANK, min(shape)]
     found.grow()
     assert found.singular_values.size == min(shape)
 
