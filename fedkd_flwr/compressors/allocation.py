@@ -73,17 +73,11 @@ class Allocation:
         step: of all coded integers.
         ranks: for each candidate; 0 where it is not factored.
         rows: for each candidate, which of its rows are sent as they are; none where it is factored.
-        error: expected total squared error.
-        num_bytes: expected.
-        short: candidates whose smallest known singular value is still worth sending.
     """
 
     step: float
     ranks: NDArray[np.int64]
     rows: Sequence[NDArray[np.bool_]]
-    error: float
-    num_bytes: float
-    short: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,37 +120,6 @@ class Allocator:
         self._candidates = candidates
         self._refresh()
 
-    def at(self, step: float) -> Allocation:
-        """The best forms at this step."""
-        return self._allocation(self._worth(step))
-
-    def _worth(self, step: float) -> "_Worth":
-        price = ERROR_PER_BYTE * step**2 / 8.0  # of a bit
-        saved, bits = self._components(step)
-        kept = saved > price * bits
-        factored_gain = np.bincount(self._owner, np.where(kept, saved - price * bits, 0.0), self._energies.size)
-        ranks = np.bincount(self._owner[kept], minlength=self._energies.size)
-        row_saved, row_bits = self._rows(step)
-        row_kept = row_saved > price * row_bits
-        dense_gain = np.bincount(self._row_owner, np.where(row_kept, row_saved - price * row_bits, 0.0), ranks.size)
-        dense = dense_gain > factored_gain + price * _CODE_BITS
-        short = ~self._complete & (ranks == self._num_known) & (ranks > 0)
-        sent = np.concatenate([kept & ~dense[self._owner], row_kept & dense[self._row_owner]])
-        return _Worth(step, np.concatenate([saved, row_saved]), np.concatenate([bits, row_bits]), sent, short)
-
-    def _allocation(self, worth: "_Worth") -> Allocation:
-        sent, rows_sent = np.split(worth.sent, [self._owner.size])
-        ranks = np.bincount(self._owner[sent], minlength=self._energies.size)
-        rows = np.split(rows_sent, self._row_ends)
-        error = max(self.total - float(worth.saved[worth.sent].sum()), 0.0)
-        return Allocation(worth.step, ranks, rows, error, float(worth.bits[worth.sent].sum()) / 8.0, worth.short)
-
-    def at_step(self, step: float) -> Allocation:
-        """The best forms at this step, with as much of each spectrum as matters there."""
-        while self._grow(found := self.at(step)):
-            pass
-        return found
-
     def for_error(self, most_error: float) -> Allocation:
         """The largest step that leaves at most so much squared error, without what is not needed for that."""
         worth = self._search(lambda tried: self.total - tried.saved[tried.sent].sum() > most_error)
@@ -171,7 +134,7 @@ class Allocator:
         fitting = int(np.searchsorted(np.cumsum(worth.bits[order]), 8.0 * most_bytes, side="right"))
         return self._allocation(worth.only(order[:fitting]))
 
-    def _search(self, is_coarse: Callable[["_Worth"], bool]) -> "_Worth":
+    def _search(self, is_coarse: Callable[[_Worth], bool]) -> _Worth:
         """The largest step that is fine enough; more of a spectrum is found where it turns out to matter.
 
         Components of equal size enter together, so what one step sends may be far more than what the next one does. The
@@ -186,7 +149,27 @@ class Allocator:
             if not self._grow(found):
                 return found
 
-    def _grow(self, found: "_Worth | Allocation") -> bool:
+    def _worth(self, step: float) -> _Worth:
+        price = ERROR_PER_BYTE * step**2 / 8.0  # of a bit
+        saved, bits = self._components(step)
+        kept = saved > price * bits
+        factored_gain = np.bincount(self._owner, np.where(kept, saved - price * bits, 0.0), self._energies.size)
+        ranks = np.bincount(self._owner[kept], minlength=self._energies.size)
+        row_saved, row_bits = self._rows(step)
+        row_kept = row_saved > price * row_bits
+        dense_gain = np.bincount(self._row_owner, np.where(row_kept, row_saved - price * row_bits, 0.0), ranks.size)
+        dense = dense_gain > factored_gain + price * _CODE_BITS
+        short = ~self._complete & (ranks == self._num_known) & (ranks > 0)
+        sent = np.concatenate([kept & ~dense[self._owner], row_kept & dense[self._row_owner]])
+        return _Worth(step, np.concatenate([saved, row_saved]), np.concatenate([bits, row_bits]), sent, short)
+
+    def _allocation(self, worth: _Worth) -> Allocation:
+        sent, rows_sent = np.split(worth.sent, [self._owner.size])
+        ranks = np.bincount(self._owner[sent], minlength=self._energies.size)
+        rows = np.split(rows_sent, self._row_ends)
+        return Allocation(worth.step, ranks, rows)
+
+    def _grow(self, found: _Worth) -> bool:
         """Find more of the spectra that were too short; say whether there is more now."""
         grown = [c.grow() for c, short in zip(self._candidates, found.short, strict=True) if short]
         if any(grown):

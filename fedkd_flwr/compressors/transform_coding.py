@@ -24,8 +24,8 @@ from fedkd_flwr.core.seeds import derive_seed
 
 CODEC_ID = 2
 _MAX_TRIES = 8
-_FINER = 0.93  # of the step, where the energy was not reached; the next try is finer still
-_CLOSE, _AIM = 0.96, 0.985  # of the bytes: what is near enough, and what to try for
+_AIM = 0.985  # of what is allowed, after a try that went beyond it
+_CLOSE = 0.96  # of the bytes: near enough
 
 
 class TransformOptions(CompressorOptions):
@@ -104,15 +104,16 @@ class TransformCodec(LossyCodec):
         return found if len(found.payload) <= num_raw_bytes else self.packed(self.raw(update))
 
     def _at_energy(self, coding: "_Coding", energy: float) -> Compressed:
-        """The first parts, from coarse to fine, that keep the energy: what was expected is not always met."""
+        """The first parts that keep the energy: the aim is corrected by what the last try lost."""
         most_error = (1.0 - energy) * coding.allocator.total
-        allocation = coding.allocator.for_error(most_error)
-        for attempt in range(1, _MAX_TRIES + 1):
-            parts = coding.parts(allocation)
+        aim = most_error
+        for _ in range(_MAX_TRIES):
+            parts = coding.parts(coding.allocator.for_error(aim))
             decoded = to_arrays(self.spec, parts)
-            if coding.error(decoded) <= most_error:
+            error = coding.error(decoded)
+            if error <= most_error:
                 return Compressed(pack(self.spec, parts, self.codec_id), decoded)
-            allocation = coding.allocator.at_step(allocation.step * _FINER**attempt)
+            aim *= _AIM * most_error / error
         return self.packed(self.raw(coding.update))
 
     def _at_bytes(self, coding: "_Coding", num_bytes: int) -> Compressed:

@@ -8,6 +8,7 @@ from fedkd_flwr.core.modules import prefixed
 from fedkd_flwr.core.protocols import Codec
 from fedkd_flwr.flower.aggregators import Aggregator, Median
 from fedkd_flwr.flower.archive import Archive
+from fedkd_flwr.flower.records import Reply
 from fedkd_flwr.flower.replies import reason_of
 from fedkd_flwr.flower.round import Round
 from fedkd_flwr.flower.validation import NormBound, norm_of
@@ -60,22 +61,25 @@ class Merger:
         self._buffer_bound.begin(of_buffers for _, of_buffers in norms)
         for client_key, reply in sorted(current.accepted.items()):
             try:
-                started = perf_counter()
-                upload, state = self._decode(client_key, reply.payload)
-                current.timed("decode", started)
-                started = perf_counter()
-                buffers = self._buffer_bound.admit({name: upload[name] for name in self._buffer_names})
-                parameters = self._bound.admit(self._parameters(upload))
-                self._aggregator.add(parameters, reply.num_examples, reply.train.get(_LOSS))
+                self._take(client_key, reply, current)
             except Exception as error:  # one bad payload costs one reply, whatever is wrong with it
                 reject(client_key, getattr(error, "kind", "payload"), reason_of(error))
                 del current.accepted[client_key]
-                continue
-            self._buffers.add(buffers, 1.0)
-            self._next_states[client_key] = state
-            current.timed("aggregate", started)
         current.num_clipped = max(self._bound.num_clipped, self._buffer_bound.num_clipped)
         return len(self._next_states)
+
+    def _take(self, client_key: str, reply: Reply, current: Round) -> None:
+        """Take one upload. It is let go before the next one is decoded."""
+        started = perf_counter()
+        upload, state = self._decode(client_key, reply.payload)
+        current.timed("decode", started)
+        started = perf_counter()
+        buffers = self._buffer_bound.admit({name: upload[name] for name in self._buffer_names})
+        parameters = self._bound.admit(self._parameters(upload))
+        self._aggregator.add(parameters, reply.num_examples, reply.train.get(_LOSS))
+        self._buffers.add(buffers, 1.0)
+        self._next_states[client_key] = state
+        current.timed("aggregate", started)
 
     def result(self) -> dict[str, Array]:
         """The aggregate of what was taken.
