@@ -55,6 +55,7 @@ def codec(text: str) -> str:
 
 TRANSFORM = "name: transform_coding"
 SVD_INT4 = "name: svd, precision: int4"
+LONGER = ("num_rounds=30", "compressor.bytes_per_round=13000")
 CODECS = {
     "dense float32": "name: identity",
     "quantize int8": "name: quantize, precision: int8",
@@ -81,9 +82,7 @@ DIGITS = (
     Condition("FedKD, dense", "digits_fedkd.yaml", (codec("name: identity"),), "FedKD"),
     Condition("FedKD, svd as published", "digits_fedkd.yaml", (codec("name: svd"),), "FedKD"),
     Condition("FedKD, transform_coding, 20.5 kB a round", "digits_fedkd.yaml", (), "FedKD"),
-    Condition(
-        "FedKD, transform_coding, 8 kB a round", "digits_fedkd.yaml", ("compressor.bytes_per_round=8000",), "FedKD"
-    ),
+    Condition("FedKD, transform_coding, 13 kB, 30 rounds", "digits_fedkd.yaml", LONGER, "FedKD"),
     *(
         Condition(f"FedAvg(student), {name}", "digits_fedavg_student.yaml", (codec(text),), "FedAvg(student)")
         for name, text in CODECS.items()
@@ -113,7 +112,7 @@ def measure(condition: Condition, seed: int, overrides: list[str]) -> dict[str, 
     return {
         "label": condition.label,
         "seed": seed,
-        "overrides": overrides,
+        "overrides": [*condition.overrides, *overrides],
         "accuracy": last_mean(scores, LAST_ROUNDS),
         "scores": scores,
         "bytes": [sum(moved[: i + 1]) / num_clients for i in range(len(moved))],
@@ -121,6 +120,23 @@ def measure(condition: Condition, seed: int, overrides: list[str]) -> dict[str, 
         "fewer": summary["bytes"]["reduction_vs_dense_teacher"],
         "seconds": summary["seconds"],
     }
+
+
+def is_done(path: Path, condition: Condition, overrides: list[str]) -> bool:
+    """Whether a run of the same overrides is written down."""
+    if not path.exists():
+        return False
+    done: list[str] = json.loads(path.read_text(encoding="utf-8"))["overrides"]
+    if done != [*condition.overrides, *overrides]:
+        raise SystemExit(f"{path} was run with {done}; remove it, or give another --output")
+    return True
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file at once: other processes read the folder."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def interval(values: list[float]) -> str:
@@ -142,13 +158,12 @@ def print_table(results: list[dict[str, Any]], dense_label: str) -> None:
         gaps = [row["accuracy"] - dense[row["seed"]]["accuracy"] for row in paired]
         moved = mean(row["per_client_bytes"] for row in rows)
         # Against what FedAvg of the teacher moved in its own run, whatever the number of rounds here.
-        fewer = mean(
-            1 - row["per_client_bytes"] / dense[row["seed"]]["per_client_bytes"] for row in paired or [rows[0]]
-        )
+        shares = [row["per_client_bytes"] / dense[row["seed"]]["per_client_bytes"] for row in paired]
+        fewer = f"{1 - mean(shares):.2%}" if shares else ""
         spread = f"{stdev(scores):.4f}" if len(scores) > 1 else ""
         print(
             f"{label:<48}{len(rows):>6}{interval(scores):>18}{spread:>8}{moved / 1e6:>9.3f}"
-            f"{fewer:>13.2%}{interval(gaps) if gaps else '':>20}"
+            f"{fewer:>13}{interval(gaps) if gaps else '':>20}"
         )
 
 
@@ -208,9 +223,9 @@ def main() -> None:
         for condition in wanted:
             name = "".join(c if c.isalnum() else "_" for c in condition.label)
             path = done_dir / f"{name}_{seed}.json"
-            if not path.exists():
+            if not is_done(path, condition, options.set):
                 found = measure(condition, seed, options.set)
-                path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+                write_whole(path, json.dumps(found))
                 print(f"{condition.label} seed {seed}: {found['accuracy']:.4f}, {found['fewer']:.2%} fewer", flush=True)
     order = {condition.label: index for index, condition in enumerate(conditions)}
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(done_dir.glob("*.json"))]

@@ -21,6 +21,7 @@ Floats = NDArray[np.float64]
 _CODE_BITS = 8.0  # of a rank, or of a dense tensor
 _ROW_BITS = 1.0  # for naming the rows that are sent
 _BISECTIONS = 13
+_DIGITS = 14  # binary, of the largest integer; one less than may be written
 
 
 class Candidate:
@@ -122,32 +123,35 @@ class Allocator:
 
     def for_error(self, most_error: float) -> Allocation:
         """The largest step that leaves at most so much squared error, without what is not needed for that."""
-        worth = self._search(lambda tried: self.total - tried.saved[tried.sent].sum() > most_error)
+        worth, _ = self._search(lambda tried: self.total - tried.saved[tried.sent].sum() > most_error)
         order = worth.best_first()
         needed = int(np.searchsorted(np.cumsum(worth.saved[order]), self.total - most_error)) + 1
         return self._allocation(worth.only(order[:needed]))
 
     def for_bytes(self, most_bytes: float) -> Allocation:
-        """The smallest step that takes more than so many bytes, without what does not fit in them."""
-        worth = self._search(lambda tried: tried.bits[tried.sent].sum() <= 8.0 * most_bytes)
-        order = worth.best_first()
-        fitting = int(np.searchsorted(np.cumsum(worth.bits[order]), 8.0 * most_bytes, side="right"))
-        return self._allocation(worth.only(order[:fitting]))
+        """The smallest step at which all that is worth sending fits, or the next with what fits of it: the better."""
+        fine, coarse = self._search(lambda tried: tried.bits[tried.sent].sum() <= 8.0 * most_bytes)
+        order = fine.best_first()
+        fitting = int(np.searchsorted(np.cumsum(fine.bits[order]), 8.0 * most_bytes, side="right"))
+        return self._allocation(
+            max(fine.only(order[:fitting]), coarse, key=lambda tried: tried.saved[tried.sent].sum())
+        )
 
-    def _search(self, is_coarse: Callable[[_Worth], bool]) -> _Worth:
-        """The largest step that is fine enough; more of a spectrum is found where it turns out to matter.
+    def _search(self, is_coarse: Callable[[_Worth], bool]) -> tuple[_Worth, _Worth]:
+        """Two steps side by side: the largest that is fine enough, and the next that is too coarse.
 
-        Components of equal size enter together, so what one step sends may be far more than what the next one does. The
-        caller drops the least of them.
+        Components of equal size enter together, so the one may send far more than the other: the caller drops the least
+        of them. More of a spectrum is found where it turns out to matter.
         """
         while True:
-            low, high = self.largest * 2.0**-16, self.largest * 8.0 * self._widest
+            # Below the lowest step integers would need more digits than a coded tensor may have.
+            low, high = self._scale * 2.0**-_DIGITS, self._scale * 8.0
             for _ in range(_BISECTIONS):
                 middle = float(np.sqrt(low * high))
                 low, high = (low, middle) if is_coarse(self._worth(middle)) else (middle, high)
             found = self._worth(low)
             if not self._grow(found):
-                return found
+                return found, self._worth(high)
 
     def _worth(self, step: float) -> _Worth:
         price = ERROR_PER_BYTE * step**2 / 8.0  # of a bit
@@ -184,11 +188,11 @@ class Allocator:
         self._owner = np.repeat(np.arange(len(known)), self._num_known)
         values = np.concatenate(known) if known else np.zeros(0)
         self._squares = np.square(values)
+        self._scale = max(self.largest, float(values.max(initial=0.0)))
         shapes = np.array([c.matrix.shape for c in self._candidates], np.float64).reshape(-1, 2)
         self._sides = shapes[self._owner].T
         with np.errstate(divide="ignore"):
             self._spreads = np.log2(values) - 0.5 * np.log2(self._sides)  # of both factors' entries
-        self._widest = float(np.sqrt(shapes.max(initial=1.0)))
         self._row_ends = np.cumsum([c.row_energies.size for c in self._candidates])[:-1]
         self._row_owner = np.repeat(np.arange(len(known)), [c.row_energies.size for c in self._candidates])
         energies = [c.row_energies for c in self._candidates]

@@ -15,6 +15,7 @@ from fedkd_flwr.compressors.coded import (
     spread_of,
 )
 from fedkd_flwr.compressors.payload import Part, Zero
+from fedkd_flwr.core.low_rank import largest_of
 from fedkd_flwr.core.rate_distortion import quantise
 
 _ROWS_SHARE = 0.75  # rows are named where fewer than this are sent
@@ -23,7 +24,7 @@ _ROWS_SHARE = 0.75  # rows are named where fewer than this are sent
 def coded_factors(candidate: Candidate, rank: int, step: float) -> Part | None:
     """The largest singular components as integers; None where they would need too many digits."""
     svd = candidate.svd
-    if svd is None:
+    if svd is None or not svd.singular_values[0] <= MAX_MAGNITUDE * step:
         return None
     values = svd.singular_values[:rank]
     basis = quantise(svd.basis[:, :rank] * values, step)
@@ -34,6 +35,8 @@ def coded_factors(candidate: Candidate, rank: int, step: float) -> Part | None:
         fitted = np.linalg.solve(seen.T @ seen, (seen.astype(np.float32).T @ wide).astype(np.float64))
     except np.linalg.LinAlgError:
         fitted = svd.image[:, :rank].T.astype(np.float64)
+    if not np.abs(fitted).max() <= MAX_MAGNITUDE * step:
+        return None
     image = quantise(fitted, step)
     used = basis.any(axis=0) & image.any(axis=1)
     basis, image = basis[:, used], image[used]
@@ -46,9 +49,9 @@ def coded_factors(candidate: Candidate, rank: int, step: float) -> Part | None:
 
 def coded_rows(candidate: Candidate, wanted: NDArray[np.bool_], step: float) -> Part | None:
     """Some rows of the matrix as integers; None where they would need too many digits."""
-    integers = quantise(candidate.matrix, step)
-    if np.abs(integers).max(initial=0) > MAX_MAGNITUDE:
+    if not largest_of(candidate.matrix) <= MAX_MAGNITUDE * step:
         return None
+    integers = quantise(candidate.matrix, step)
     integers[~wanted] = 0
     moved = integers.any(axis=1)
     if not moved.any():

@@ -107,28 +107,40 @@ class TransformCodec(LossyCodec):
         """The first parts that keep the energy: the aim is corrected by what the last try lost."""
         most_error = (1.0 - energy) * coding.allocator.total
         aim = most_error
-        for _ in range(_MAX_TRIES):
+        for attempt in range(_MAX_TRIES):
             parts = coding.parts(coding.allocator.for_error(aim))
             decoded = to_arrays(self.spec, parts)
             error = coding.error(decoded)
             if error <= most_error:
                 return Compressed(pack(self.spec, parts, self.codec_id), decoded)
-            aim *= _AIM * most_error / error
+            # From the third try on it is at least halved: the error of few or odd numbers may hardly follow the aim.
+            aim *= min(_AIM * most_error / error, 0.5 ** (attempt - 1))
         return self.packed(self.raw(coding.update))
 
     def _at_bytes(self, coding: "_Coding", num_bytes: int) -> Compressed:
         """The longest payload within the bytes: the aim is corrected by what the last try took."""
-        aim = float(num_bytes)
         best = coding.nothing
         payload = pack(self.spec, best, self.codec_id)
+        fixed = len(payload)  # header, table and buffers
+        room = num_bytes - fixed
+        aim, fits, too_much = float(room), 0.0, np.inf
         for _ in range(_MAX_TRIES):
             parts = coding.parts(coding.allocator.for_bytes(aim))
             tried = pack(self.spec, parts, self.codec_id)
-            if len(payload) < len(tried) <= num_bytes:
-                best, payload = parts, tried
-            if _CLOSE * num_bytes <= len(tried) <= num_bytes:
-                break
-            aim *= _AIM * num_bytes / len(tried)
+            used = len(tried) - fixed
+            if used <= room:
+                fits = aim
+                if used + fixed == len(payload) and best is not coding.nothing:
+                    break  # there is nothing more to say
+                if used + fixed > len(payload):
+                    best, payload = parts, tried
+                if used >= _CLOSE * room:
+                    break
+            else:
+                too_much = aim
+            aim *= _AIM * room / max(used, 1)
+            if not fits < aim < too_much:
+                aim = float(np.sqrt(max(fits, 1.0) * too_much)) if np.isfinite(too_much) else 2 * fits
         return Compressed(payload, to_arrays(self.spec, best))
 
 

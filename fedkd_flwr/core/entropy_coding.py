@@ -45,7 +45,7 @@ class BitWriter:
         self.bits(np.array([value >> bit & 1 for bit in range(width - 1, -1, -1)], np.uint8))
 
     def numbers(self, values: Ints, width: int) -> None:
-        """Append numbers of `width` bits each, the highest bit first."""
+        """Append the lowest `width` bits of each number, the highest of them first."""
         if width and values.size:
             bits = np.empty((values.size, width), np.uint8)
             for column in range(width):  # one at a time: all together would be 64 times as large as what is written
@@ -142,14 +142,18 @@ def write_flags(flags: NDArray[np.bool_], writer: BitWriter) -> int:
     count, size = int(np.count_nonzero(flags)), flags.size
     writer.number(count, size.bit_length())
     inverted = 2 * count > size
-    positions = np.flatnonzero(~flags if inverted else flags)
-    gaps = np.diff(positions, prepend=-1) - 1
-    width = _rice_width(size, positions.size)
-    quotients = gaps >> width
-    unary = np.zeros(int(quotients.sum()) + positions.size, np.uint8)
-    unary[np.cumsum(quotients + 1) - 1] = 1
-    writer.bits(unary)
-    writer.numbers(gaps & ((1 << width) - 1), width)
+    num_positions = size - count if inverted else count
+    if num_positions:
+        positions = (~flags if inverted else flags).nonzero()[0]
+        gaps = positions.copy()
+        gaps[1:] -= positions[:-1] + 1
+        width = _rice_width(size, num_positions)
+        ends = (gaps >> width).cumsum()
+        ends += np.arange(num_positions)
+        unary = np.zeros(int(ends[-1]) + 1, np.uint8)
+        unary[ends] = 1
+        writer.bits(unary)
+        writer.numbers(gaps, width)
     return count
 
 
@@ -199,7 +203,7 @@ def _write_group(values: Ints, num_low_bits: int, writer: BitWriter) -> None:
         width = int(excess.max()).bit_length() if excess.size else 0
         writer.number(width, _WIDTH_BITS)
         writer.numbers(excess, width)
-    writer.numbers(sizes & ((1 << num_low_bits) - 1), num_low_bits)
+    writer.numbers(sizes, num_low_bits)
     writer.bits((values[sizes > 0] < 0).astype(np.uint8))
 
 

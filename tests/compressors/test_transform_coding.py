@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedkd_flwr.compressors.coded import CodedDense, CodedFactored
 from fedkd_flwr.compressors.payload import HEADER_BYTES, Dense, Part, Zero, unpack
 from fedkd_flwr.compressors.transform_coding import CODEC_ID, TransformCodec, TransformCodingOptions
-from fedkd_flwr.core.arrays import Arrays, Spec, TensorSpec, num_elements
+from fedkd_flwr.core.arrays import Array, Arrays, Spec, TensorSpec, num_elements
 from fedkd_flwr.core.schedules import linear
 from tests.compressors.updates import SPEC, Update, low_rank, same_bits, sample_update, specs_with_updates
 
@@ -275,3 +275,48 @@ def test_an_update_that_is_not_finite_is_refused_by_name(bad: float) -> None:
     update["tokens"][0, 1, 2] = bad
     with pytest.raises(ValueError, match="the update of 'tokens' is not finite; lower the learning rate"):
         sent(codec_at(0.9), update)
+
+
+ODD_UPDATES: dict[str, Array] = {
+    "constant": np.ones((300, 400), np.float32),
+    "vector": np.ones(500, np.float32),
+    "one row": np.where(np.arange(500)[:, None] == 7, np.float32(0.5), np.float32(0)) * np.ones((500, 64), np.float32),
+    "outlier": np.where(np.arange(40_000) == 3, 1e3, 1e-3).astype(np.float32).reshape(200, 200),
+    "rank 2": np.asarray(low_rank(np.random.default_rng(1), (200, 150), rank=2)),
+}
+
+
+@pytest.mark.parametrize("bytes_per_round", [300, 2000, 20_500, 400_000])
+@pytest.mark.parametrize("name", sorted(ODD_UPDATES))
+def test_bytes_that_are_few_or_more_than_needed_still_say_something(name: str, bytes_per_round: int) -> None:
+    update: Update = {"w": ODD_UPDATES[name]}
+    spec: Spec = (TensorSpec("w", update["w"].shape),)
+    codec = codec_within(bytes_per_round, spec)
+    payload = sent(codec, update)
+    assert len(payload) <= bytes_per_round / 2
+    if name == "vector" and bytes_per_round == 300:
+        return  # 150 bytes can't hold 500 equal numbers, and none is worth more than another
+    assert missed_share(spec, update, codec.decode(payload, {})[0]) < 1.0
+
+
+def test_a_budget_beside_buffers_is_spent_on_parameters() -> None:
+    spec: Spec = (TensorSpec("w", (100, 100)), TensorSpec("mean", (2400,), "buffer"))
+    rng = np.random.default_rng(0)
+    update: Update = {t.name: np.asarray(rng.standard_normal(t.shape), np.float32) for t in spec}
+    for left in (400, 2000, 4000):
+        payload = sent(codec_within(2 * (9600 + left), spec), update)
+        assert 9600 + 0.8 * left <= len(payload) <= 9600 + left
+
+
+def test_odd_numbers_do_not_make_the_whole_update_travel_raw() -> None:
+    rng = np.random.default_rng(5)
+    for trial in range(120):
+        shapes = [(int(rng.integers(1, 40)), int(rng.integers(1, 40))) for _ in range(int(rng.integers(1, 4)))]
+        spec = tuple(TensorSpec(f"t{i}", shape) for i, shape in enumerate(shapes))
+        draw = (rng.standard_normal, lambda shape: rng.standard_t(1.5, shape), lambda shape: rng.choice([-1.0, 1.0], shape))
+        update: Update = {t.name: np.asarray(draw[trial % 3](t.shape), np.float32) for t in spec}
+        energy = float(rng.uniform(0.3, 0.95))
+        codec = TransformCodingOptions(energy_start=energy, energy_end=energy).build(spec)
+        forms = unpack(sent(codec, update), spec, codec.codec_id).by_name.values()
+        if sum(t.size for t in spec) > 300:
+            assert not all(isinstance(part, Dense) for part in forms)
