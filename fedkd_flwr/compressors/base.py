@@ -32,7 +32,7 @@ class CompressorOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_n
         Args:
             spec: the tensors of a payload.
             direction: "uplink" or "downlink".
-            linear: whether the server's aggregate of updates is their mean, up to a factor.
+            linear: whether the server's aggregate is made of the mean of the updates; that of a robust rule is not.
         """
         return self.build(spec)
 
@@ -43,8 +43,8 @@ class LossyOptions(CompressorOptions):
     Attributes:
         error_feedback: in which direction the encoder adds to an update what its payloads have lost so far (Seide et
             al. 2014; Karimireddy et al. 2019, https://arxiv.org/abs/1901.09847). "auto": both; but only the downlink
-            where the aggregator is not a mean, because a median of updates that each hold an older rest is the median
-            of nothing that anybody computed.
+            where the aggregator is a robust rule, because a median of updates that each hold an older rest is the
+            median of nothing that anybody computed.
     """
 
     error_feedback: ErrorFeedback = "auto"

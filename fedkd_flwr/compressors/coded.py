@@ -108,7 +108,7 @@ def is_exact(part: CodedFactored) -> bool:
     """Whether every sum of the product fits float64, so that its order does not matter."""
     if (max(np.abs(part.left).max(initial=0), np.abs(part.right).max(initial=0))) > MAX_MAGNITUDE:
         return False
-    largest = np.abs(part.left).max(axis=0, initial=0) * np.abs(part.right).max(axis=1, initial=0)
+    largest = np.abs(part.left).max(axis=0, initial=0).astype(np.int64) * np.abs(part.right).max(axis=1, initial=0)
     scale = powers(part.codes)
     unit = float(np.ldexp(1.0, -(int(part.codes.max(initial=0)) // _PER_OCTAVE) - 8))
     return bool((largest * scale).sum() / unit < 2.0**_EXACT_BITS)
@@ -125,7 +125,7 @@ def write_coded(parts: Sequence[Coded]) -> bytes:
         if part.rows is not None:
             write_flags(part.rows, writer)
     integers = [piece for part in parts for piece in _pieces(part)]
-    groups = [_groups(part) for part in parts]
+    groups = [_groups_of(part) for part in parts]
     if parts:
         write_integers(np.concatenate(integers), np.concatenate(groups), writer)
     return bytes(codes) + writer.to_bytes()
@@ -142,36 +142,29 @@ def read_coded(data: bytes, shapes: Sequence[Shape]) -> list[Coded]:
     if len(data) < num_codes:
         raise IndexError("the coded numbers end within their scales")
     reader = BitReader(data[num_codes:])
-    blank: list[Coded] = []
+    codes: list[NDArray[np.uint8]] = []
+    masks: list[Rows | None] = []
     offset = 0
     for shape in shapes:
-        codes = np.frombuffer(data, np.uint8, shape.num_code_bytes, offset)
+        codes.append(np.frombuffer(data, np.uint8, shape.num_code_bytes, offset))
+        masks.append(read_flags(shape.rows, reader) if shape.names_rows else None)
         offset += shape.num_code_bytes
-        rows = read_flags(shape.rows, reader) if shape.names_rows else None
-        num_rows = shape.rows if rows is None else int(np.count_nonzero(rows))
-        if shape.rank:
-            left: Ints = np.zeros((num_rows, shape.rank), np.int64)
-            blank.append(CodedFactored(left, np.zeros((shape.rank, shape.cols), np.int64), codes, rows))
-        else:
-            integers: Ints = np.zeros(num_rows * shape.cols, np.int64)
-            blank.append(CodedDense(integers, int(codes[0]) & 0x0F, int(codes[0]) >> 4, rows))
-    values: Ints = np.zeros(0, np.int64)
-    if blank:
-        values = read_integers(np.concatenate([_groups(part) for part in blank]), reader)
+    nums = [s.rows if mask is None else int(np.count_nonzero(mask)) for s, mask in zip(shapes, masks, strict=True)]
+    groups = [_groups(num, s.cols, s.rank, code) for num, s, code in zip(nums, shapes, codes, strict=True)]
+    if not shapes:
+        reader.finish()
+        return []
+    values = read_integers(np.concatenate(groups), reader)
     reader.finish()
+    ends = np.cumsum([group.size for group in groups])
     parts: list[Coded] = []
-    at = 0
-    for part in blank:
-        if isinstance(part, CodedFactored):
-            num_rows, rank = part.left.shape
-            left = values[at : at + part.left.size].reshape(rank, num_rows).T
-            at += part.left.size
-            right = values[at : at + part.right.size].reshape(part.right.shape)
-            at += part.right.size
-            parts.append(CodedFactored(left, right, part.codes, part.rows))
+    for mine, num, shape, code, mask in zip(np.split(values, ends[:-1]), nums, shapes, codes, masks, strict=True):
+        if shape.rank:
+            left, right = np.split(mine, [num * shape.rank])
+            factors = left.reshape(shape.rank, num).T, right.reshape(shape.rank, shape.cols)
+            parts.append(CodedFactored(*factors, code, mask))
         else:
-            parts.append(CodedDense(values[at : at + part.integers.size], part.correction, part.spread, part.rows))
-            at += part.integers.size
+            parts.append(CodedDense(mine, int(code[0]) & 0x0F, int(code[0]) >> 4, mask))
     return parts
 
 
@@ -196,12 +189,16 @@ def _pieces(part: Coded) -> list[Ints]:
     return [part.integers]
 
 
-def _groups(part: Coded) -> NDArray[np.int8]:
-    """The group of each integer, in the order of `_pieces`: known from the codes."""
+def _groups_of(part: Coded) -> NDArray[np.int8]:
     if isinstance(part, CodedDense):
         return np.full(part.integers.size, 2 * part.spread - 6, np.int8)
-    num_rows, cols = part.left.shape[0], part.right.shape[1]
-    codes = [int(code) for code in part.codes]
-    of_left = np.array([group_of(code, max(num_rows, 1)) for code in codes], np.int8)
-    of_right = np.array([group_of(code, max(cols, 1)) for code in codes], np.int8)
+    return _groups(part.left.shape[0], part.right.shape[1], part.codes.size, part.codes)
+
+
+def _groups(num_rows: int, cols: int, rank: int, codes: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """The group of each integer, in the order of `_pieces`: known from the codes. Rank 0: a dense tensor."""
+    if not rank:
+        return np.full(num_rows * cols, 2 * (int(codes[0]) >> 4) - 6, np.int8)
+    of_left = np.array([group_of(int(code), max(num_rows, 1)) for code in codes], np.int8)
+    of_right = np.array([group_of(int(code), max(cols, 1)) for code in codes], np.int8)
     return np.concatenate([np.repeat(of_left, num_rows), np.repeat(of_right, cols)])

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from fedkd_flwr.compressors.payload import PayloadError
 from fedkd_flwr.compressors.transform_coding import TransformCodec, TransformOptions
 from fedkd_flwr.core.arrays import Array, Arrays, Spec, require_finite
 from fedkd_flwr.core.modules import prefixed, without_prefix
@@ -54,9 +55,16 @@ class Ef21Codec:
         return found.payload, self._moved(estimate, found.decoded)
 
     def decode(self, payload: bytes, state: Arrays) -> tuple[Arrays, Arrays]:
-        """The estimate after the payload, which stands for the update."""
+        """The estimate after the payload, which stands for the update.
+
+        Raises:
+            PayloadError: if the payload can't be read, or the estimate would not be finite.
+        """
         news, _ = self._codec.decode(payload, {})
-        after = self._moved(without_prefix(_ESTIMATE, state), news)
+        with np.errstate(over="ignore"):
+            after = self._moved(without_prefix(_ESTIMATE, state), news)
+        if not all(np.isfinite(value).all() for value in after.values()):
+            raise PayloadError("the payload moves the estimate out of float32")
         return {**news, **{name: value.copy() for name, value in without_prefix(_ESTIMATE, after).items()}}, after
 
     def _moved(self, estimate: Arrays, news: Arrays) -> Arrays:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from fedkd_flwr.compressors.coded import Coded, CodedDense, CodedFactored, Shape, read_coded, to_matrix, write_coded
 from fedkd_flwr.compressors.numbers import (
+    PRECISIONS,
     Floats,
     NumbersError,
     Precision,
@@ -99,18 +100,10 @@ class Sparse:
 
 Part = Zero | Dense | Factored | Sparse | CodedDense | CodedFactored
 
-_DENSE: dict[Precision, Form] = {
-    "float32": Form.DENSE_FLOAT32,
-    "float16": Form.DENSE_FLOAT16,
-    "int8": Form.DENSE_INT8,
-    "int4": Form.DENSE_INT4,
-}
-_FACTORED: dict[Precision, Form] = {
-    "float32": Form.FACTORED_FLOAT32,
-    "float16": Form.FACTORED_FLOAT16,
-    "int8": Form.FACTORED_INT8,
-    "int4": Form.FACTORED_INT4,
-}
+_DENSE = dict(zip(PRECISIONS, (Form.DENSE_FLOAT32, Form.DENSE_FLOAT16, Form.DENSE_INT8, Form.DENSE_INT4), strict=True))
+_FACTORED = dict(
+    zip(PRECISIONS, (Form.FACTORED_FLOAT32, Form.FACTORED_FLOAT16, Form.FACTORED_INT8, Form.FACTORED_INT4), strict=True)
+)
 _DENSE_PRECISION = {form: precision for precision, form in _DENSE.items()}
 _FACTORED_PRECISION = {form: precision for precision, form in _FACTORED.items()}
 _CODED_FACTORED = (Form.CODED_FACTORED, Form.CODED_FACTORED_ROWS)
@@ -288,6 +281,8 @@ def _read_table(payload: bytes, spec: Spec) -> tuple[list[_Entry], int]:
             raise PayloadError(f"tensor {tensor.name!r}: unknown form {payload[offset]}") from None
         offset += 1
         count = 0
+        if form in _CODED and tensor.size == 0:
+            raise PayloadError(f"tensor {tensor.name!r} has no elements to code")
         if form in _WITH_COUNT:
             count, offset = _read_varint(payload, offset)
             kind, limit = ("count", tensor.size) if form is Form.SPARSE_FLOAT16 else ("rank", _max_rank(tensor))

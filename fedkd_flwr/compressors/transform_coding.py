@@ -26,6 +26,7 @@ CODEC_ID = 2
 _MAX_TRIES = 8
 _AIM = 0.985  # of what is allowed, after a try that went beyond it
 _CLOSE = 0.96  # of the bytes: near enough
+_PLAIN = (1e-37, 1e36)  # magnitudes of a largest value beyond which steps leave the range of float32
 
 
 class TransformOptions(CompressorOptions):
@@ -36,8 +37,8 @@ class TransformOptions(CompressorOptions):
         energy_end: of the last; in between it is linear in the progress. It falls: first updates point along few
             directions and are cheap to keep; of the last, most is what tells the clients apart, and it can wait in the
             residual.
-        bytes_per_round: payload bytes that one client moves in a round, half of them in each direction, whatever energy
-            they keep; null: as many as the energy takes.
+        bytes_per_round: of one upload and one broadcast together, half of them for each, whatever energy they keep;
+            null: as many as the energy takes.
     """
 
     energy_start: float = Field(0.9, gt=0, lt=1)
@@ -94,7 +95,7 @@ class TransformCodec(LossyCodec):
         """
         require_finite(update)
         coding = _Coding(self.spec, update, seed)
-        if coding.allocator.largest < np.finfo(np.float32).tiny:  # its squares would be worth nothing
+        if not _PLAIN[0] <= coding.allocator.largest <= _PLAIN[1]:
             return self.packed(self.raw(update) if self._num_bytes is None else coding.nothing)
         if self._num_bytes is None:
             found = self._at_energy(coding, self._energy(progress))

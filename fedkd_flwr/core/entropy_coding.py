@@ -11,11 +11,12 @@ known at both ends.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+Ints = NDArray[Any]  # of any width
 Bits = NDArray[np.uint8]
 
 MIN_GROUP, MAX_GROUP = -10, 40  # floor(log2(variance)) of the integers in a group
@@ -125,12 +126,12 @@ def write_integers(values: Ints, groups: NDArray[np.int8], writer: BitWriter) ->
 
 
 def read_integers(groups: NDArray[np.int8], reader: BitReader) -> Ints:
-    """Read the integers that `write_integers` wrote for the same groups.
+    """Read the integers that `write_integers` wrote for the same groups, as int32.
 
     Raises:
         CodingError: if the bits can't have been written so.
     """
-    values = np.zeros(groups.size, np.int64)
+    values = np.zeros(groups.size, np.int32)
     for group in np.unique(groups):
         members = groups == group
         values[members] = _read_group(int(np.count_nonzero(members)), _num_low_bits(int(group)), reader)
@@ -222,6 +223,8 @@ def _read_group(count: int, num_low_bits: int, reader: BitReader) -> Ints:
             raise CodingError(f"a coded number has {width} bits, at most {MAX_INTEGER.bit_length()} are allowed")
         high[alive] += reader.numbers(alive.size, width)
     sizes = (high << num_low_bits) + reader.numbers(count, num_low_bits)
+    if sizes.max(initial=0) > MAX_INTEGER:
+        raise CodingError(f"a coded number is above {MAX_INTEGER}")
     negative = np.zeros(count, np.bool_)
     negative[sizes > 0] = reader.bits(int(np.count_nonzero(sizes))).astype(np.bool_)
     return np.where(negative, -sizes, sizes)

@@ -199,8 +199,8 @@ def factorise(matrix: Matrix, energy: float, seed: int = 0) -> tuple[Matrix, Mat
     return (image, basis.T) if found.transposed else (basis, image.T)
 
 
-def multiply(left: NDArray[Any], right: NDArray[Any], gain: float = 1.0) -> Matrix:
-    """Gain * left @ right, summed in float64 and rounded to float32 once, so that both ends of a wire agree."""
+def multiply(left: NDArray[Any], right: NDArray[Any]) -> Matrix:
+    """Left @ right, summed in float64 and rounded to float32 once, so that both ends of a wire agree."""
     product: NDArray[np.float64] = left.astype(np.float64) @ right.astype(np.float64)
-    rounded: Matrix = (product * gain).astype(np.float32)
+    rounded: Matrix = product.astype(np.float32)
     return rounded

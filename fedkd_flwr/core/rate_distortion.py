@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+Ints = NDArray[np.int32]
 
 DEAD_ZONE = 0.58  # a number below this many steps becomes 0; a plain quantiser has 0.5
 # Error that one byte takes away, in squared steps: the slope of the curve that this file tabulates.
@@ -22,10 +22,13 @@ _LOWEST, _PER_OCTAVE, _NUM_POINTS = -5, 4, 77  # of the table, over log2 of the 
 
 
 def quantise(values: NDArray[Any], step: float) -> Ints:
-    """The nearest multiples of a step, with small ones drawn towards zero, where a number costs the fewest bits."""
+    """The nearest multiples of a step, with small ones drawn towards zero, where a number costs the fewest bits.
+
+    The caller sees to it that they fit 32 bits.
+    """
     scaled = values / step
     sizes = np.floor(np.abs(scaled) + (1.0 - DEAD_ZONE))
-    integers: Ints = np.copysign(sizes, scaled).astype(np.int64)
+    integers: Ints = np.copysign(sizes, scaled).astype(np.int32)
     return integers
 
 

@@ -7,7 +7,7 @@ memory and reads single rows, so a process holds no more than it asks for.
 import logging
 import os
 import re
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -23,11 +23,11 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
     Attributes:
         path: a folder, a file, or the id of a data set of the Hugging Face Hub. What exists here is made absolute,
-            because the processes of a deployment start in another directory.
+            because the processes of a run start in another directory; every machine needs it at that place.
         config: one of the data set's configurations, where it has several.
         revision: commit, branch or tag of a data set of the Hub.
         train_split: its training examples, such as "train" or "train[:80%]"; a single file is all "train".
-        test_split: the server's test examples.
+        test_split: the server's test examples. Slices of one split must not overlap; that is not checked.
     """
 
     path: str = Field(min_length=1)
@@ -46,6 +46,12 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     def _absolute(cls, path: str) -> str:
         local = os.path.expanduser(path)
         return os.path.abspath(local) if os.path.exists(local) else path
+
+    @model_validator(mode="after")
+    def _splits_differ(self) -> Self:
+        if self.train_split == self.test_split:
+            raise ValueError(f"test_split must differ from train_split, got {self.test_split!r} for both")
+        return self
 
     def load(self) -> "tuple[Dataset, Dataset]":
         """The training split and the test split.

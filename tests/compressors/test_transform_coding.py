@@ -313,8 +313,10 @@ def test_odd_numbers_do_not_make_the_whole_update_travel_raw() -> None:
     for trial in range(120):
         shapes = [(int(rng.integers(1, 40)), int(rng.integers(1, 40))) for _ in range(int(rng.integers(1, 4)))]
         spec = tuple(TensorSpec(f"t{i}", shape) for i, shape in enumerate(shapes))
-        draw = (rng.standard_normal, lambda shape: rng.standard_t(1.5, shape), lambda shape: rng.choice([-1.0, 1.0], shape))
-        update: Update = {t.name: np.asarray(draw[trial % 3](t.shape), np.float32) for t in spec}
+        update: Update = {}
+        for t in spec:
+            drawn = (rng.standard_normal(t.shape), rng.standard_t(1.5, t.shape), rng.choice([-1.0, 1.0], t.shape))
+            update[t.name] = np.asarray(drawn[trial % 3], np.float32)
         energy = float(rng.uniform(0.3, 0.95))
         codec = TransformCodingOptions(energy_start=energy, energy_end=energy).build(spec)
         forms = unpack(sent(codec, update), spec, codec.codec_id).by_name.values()

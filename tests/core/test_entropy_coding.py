@@ -195,7 +195,7 @@ def integers_or_refused(data: bytes, groups: Groups) -> bool:
         found = read(data, groups)
     except CodingError:
         return True
-    assert (found.dtype, found.shape) == (np.int64, groups.shape)
+    assert (found.dtype, found.shape) == (np.int32, groups.shape)
     return False
 
 
