@@ -5,9 +5,8 @@ aggregation_memory.json in the current directory.
 
 Replies stay encoded until it is their turn. "replies" is what their payloads weigh together; "peak" is the most that
 was allocated beyond them from the first decoding to the aggregate (`tracemalloc`, which sees every array of numpy; no
-tensor of torch is made there); "resident" is by how much the most that the process ever held was raised meanwhile, in
-a run without tracing and a process of its own for each number of clients. "decoded" is what all updates would weigh
-side by side.
+tensor of torch is made there), in a process of its own for each number of clients. "decoded" is what all updates would
+weigh side by side.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import multiprocessing
 import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from time import process_time
 
 import numpy as np
@@ -85,7 +83,7 @@ def replies_of(codec: Codec, num_clients: int) -> dict[str, Reply]:
 
 
 def measure(replies: dict[str, Reply], compressor: str, aggregator: str) -> dict[str, float]:
-    """One round, twice: resident memory first, then traced."""
+    """One round, twice: timed, then traced."""
     codec, num_clients = codec_of(compressor), len(replies)
     options: AggregatorOptions = TypeAdapter(AnyAggregation).validate_python({"name": aggregator})
     most_norm = ValidationOptions().max_norm_ratio
@@ -96,9 +94,9 @@ def measure(replies: dict[str, Reply], compressor: str, aggregator: str) -> dict
         if taken != num_clients or not merger.result():
             raise SystemExit(f"{taken} of {num_clients} uploads were taken")
 
-    before, started = getrusage(RUSAGE_SELF).ru_maxrss, process_time()
+    started = process_time()
     merge()
-    seconds, resident = process_time() - started, 1024 * (getrusage(RUSAGE_SELF).ru_maxrss - before)
+    seconds = process_time() - started
     tracemalloc.start()
     merge()
     peak = tracemalloc.get_traced_memory()[1]
@@ -107,7 +105,6 @@ def measure(replies: dict[str, Reply], compressor: str, aggregator: str) -> dict
         "clients": num_clients,
         "replies": sum(len(reply.payload or b"") for reply in replies.values()) / MEGABYTE,
         "peak": peak / MEGABYTE,
-        "resident": resident / MEGABYTE,
         "decoded": num_clients * 4 * num_elements(codec.spec) / MEGABYTE,
         "cpu_seconds": seconds,
     }
@@ -122,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     spec = transformer_spec()
     print(f"{num_elements(spec):,} parameters, {4e-6 * num_elements(spec):.1f} MB decoded; all in MB")
-    print(f"{'clients':>7}" + "".join(f"{head:>12}" for head in ("replies", "peak", "resident", "decoded", "CPU s")))
+    print(f"{'clients':>7}" + "".join(f"{head:>12}" for head in ("replies", "peak", "decoded", "CPU s")))
     found = []
     for num_clients in options.clients or CLIENTS:
         replies = replies_of(codec_of(options.compressor), num_clients)
@@ -130,7 +127,7 @@ def main() -> None:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             row = pool.submit(measure, replies, options.compressor, options.aggregator).result()
         found.append(row)
-        cells = "".join(f"{row[name]:>12.2f}" for name in ("replies", "peak", "resident", "decoded", "cpu_seconds"))
+        cells = "".join(f"{row[name]:>12.2f}" for name in ("replies", "peak", "decoded", "cpu_seconds"))
         print(f"{num_clients:>7}{cells}", flush=True)
     settings = {"compressor": options.compressor, "aggregator": options.aggregator, "parameters": num_elements(spec)}
     text = json.dumps({**settings, "results": found}, indent=2)

@@ -1,6 +1,6 @@
 """What each codec makes of real updates: bytes, error, and time on one thread.
 
-OMP_NUM_THREADS=1 python benchmarks/codec.py [--update NAME]... [--data DIR] [--tokenizer DIR]: one table for each
+python benchmarks/codec.py [--update NAME]... [--data DIR] [--tokenizer DIR]: one table for each
 update, and codec.json in the current directory. An encoder takes three to five minutes; --update measures some of them.
 
 encoder-*    transformer encoder, 4 layers of width 768, 10 steps with batches of 16 x 32 tokens, after 10 others
@@ -8,11 +8,10 @@ cnn-sgd      two 5x5 convolutions and two linear layers, 60 steps with batches o
 embedding-*  30,522 x 128 with a mean and a linear layer, 40 steps with batches of 16 x 32 tokens, after none
 
 Bytes are those of the payload; error is the squared error over all parameters, relative to the update's squared norm;
-milliseconds are CPU time, the least of up to three
-runs. "floor": bytes of the largest singular components of all
-tensors together, those first that take away most error for each byte, until no more than the row's error is left;
-with numbers of 32 or 4 bits that are taken to be exact, and a vector as one component. "feedback" is the update after
-this one with what this one's payload lost; its error is that of both together.
+milliseconds are CPU time, the least of up to three runs. "floor": bytes of the largest singular components of all
+tensors together, those first that take away most error for each byte, until no more than the row's error is left; with
+numbers of 32 or 4 bits that are taken to be exact, and a vector as one component. "feedback" is the update after this
+one with what this one's payload lost; its error is that of both together, for which there is no floor.
 """
 
 import argparse
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -341,12 +341,16 @@ def rows_of(updates: Updates) -> Iterator[Row]:
 
 def print_row(row: Row, floor: Floor, dense: int) -> None:
     """Complete a row and print it."""
-    numbers = floor.numbers(row["error"])
-    row |= {"ratio": dense / row["bytes"], "floor_float32": 4 * numbers, "floor_int4": numbers / 2}
+    row["ratio"] = dense / row["bytes"]
+    floors = ""
+    if not row["method"].endswith("feedback"):
+        numbers = floor.numbers(row["error"])
+        row |= {"floor_float32": 4 * numbers, "floor_int4": numbers / 2}
+        floors = f"{row['floor_float32']:>14,}{row['floor_int4']:>12,.0f}"
     cells = (
         f"{row['bytes']:>12,}{row['ratio']:>9.1f}{row['error']:>9.4f}{row['encode_ms']:>11.1f}{row['decode_ms']:>11.1f}"
     )
-    print(f"{row['method']:<36}{cells}{row['floor_float32']:>14,}{row['floor_int4']:>12,.0f}", flush=True)
+    print(f"{row['method']:<36}{cells}{floors}", flush=True)
 
 
 def main() -> None:
@@ -363,6 +367,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="folder of a BERT tokenizer, for the texts of --data")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    threadpool_limits(1)
     results: dict[str, list[Row]] = {}
     for name in options.update or names:
         updates = updates_of(name, options.data, options.tokenizer)
