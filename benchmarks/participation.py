@@ -31,7 +31,7 @@ from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
 from fedkd_flwr.measure.metrics import last_mean
 
-CONF = Path(__file__).resolve().parent.parent / "conf" / "digits_fedkd.yaml"
+CONF = Path(__file__).resolve().parent.parent / "conf" / "digits_fedkd_paper.yaml"
 NUM_CLIENTS = 20
 FRACTION = 0.3
 LOST = 0.2

@@ -16,7 +16,7 @@ from fedkd_flwr.experiment import Experiment, load
 from fedkd_flwr.flower.in_process import run_in_process
 from fedkd_flwr.measure.ledger import Row
 
-CONF = Path(__file__).resolve().parent.parent / "conf" / "digits_fedkd.yaml"
+CONF = Path(__file__).resolve().parent.parent / "conf" / "digits_fedkd_paper.yaml"
 # Four images a client and one small batch each: what is kept from round to round matters here, not what is learned.
 FEDERATION = (
     "task.partition.name=iid",

@@ -5,8 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from fedkd_flwr.compressors.ef21 import Ef21Codec, Ef21Options
-from fedkd_flwr.core.arrays import Arrays
+from fedkd_flwr.compressors.ef21 import CODEC_ID, Ef21Codec, Ef21Options
+from fedkd_flwr.compressors.payload import Dense, Parts, PayloadError, pack
+from fedkd_flwr.core.arrays import Arrays, Spec, TensorSpec
 from fedkd_flwr.core.modules import without_prefix
 from tests.compressors.updates import SPEC, Update, same_bits, sample_update
 
@@ -94,3 +95,12 @@ def test_a_lost_reply_leaves_both_ends_alike() -> None:
 def test_it_has_no_error_feedback_to_choose() -> None:
     with pytest.raises(ValueError, match="error_feedback"):
         Ef21Options.model_validate({"error_feedback": "both"})
+
+
+def test_payloads_that_move_the_estimate_out_of_float32_are_refused() -> None:
+    spec: Spec = (TensorSpec("w", (3,)),)
+    codec = Ef21Options().build(spec)
+    payload = pack(spec, Parts({"w": Dense(np.full(3, 3e38, np.float32))}), CODEC_ID)
+    _, state = codec.decode(payload, codec.initial_state())
+    with pytest.raises(PayloadError, match="out of float32"):
+        codec.decode(payload, state)

@@ -8,7 +8,7 @@ import pytest
 
 from fedkd_flwr.compressors import COMPRESSORS
 from fedkd_flwr.compressors.coded import CodedDense
-from fedkd_flwr.compressors.payload import HEADER_BYTES, Form, Parts, PayloadError, pack, to_arrays, unpack
+from fedkd_flwr.compressors.payload import HEADER_BYTES, Form, Parts, PayloadError, Zero, pack, to_arrays, unpack
 from fedkd_flwr.compressors.transform_coding import CODEC_ID
 from fedkd_flwr.core.arrays import Arrays, Spec, TensorSpec
 from fedkd_flwr.core.protocols import Codec
@@ -146,3 +146,12 @@ def test_an_honest_payload_takes_no_more_memory_either(spread: int, size: float)
         tracemalloc.stop()
     assert np.array_equal(found["w"].reshape(-1), integers * np.float32(0.5))
     assert peak < PEAK * DENSE_BYTES
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 2), (2, 0)])
+@pytest.mark.parametrize("form", [Form.CODED_DENSE, Form.CODED_DENSE_ROWS, Form.CODED_FACTORED])
+def test_coded_forms_of_a_tensor_without_elements_are_refused(form: Form, shape: tuple[int, ...]) -> None:
+    spec: Spec = (TensorSpec("none", shape),)
+    header = pack(spec, Parts({"none": Zero()}), CODEC_ID)[:HEADER_BYTES]
+    with pytest.raises(PayloadError, match="no elements"):
+        unpack(header + bytes([form, 1]) + np.float32(1).tobytes() + b"\x08", spec, CODEC_ID)

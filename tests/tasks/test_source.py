@@ -105,7 +105,17 @@ def test_a_folder_below_the_home_directory_is_found(folder: Path, monkeypatch: p
     assert DataSource(path="~/data").path == str(folder)
 
 
-@pytest.mark.parametrize("wrong", [{"path": ""}, {}, {"path": "a", "split": "train"}, {"path": "a", "config": ""}, 3])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"path": ""},
+        {},
+        {"path": "a", "split": "train"},
+        {"path": "a", "config": ""},
+        3,
+        {"path": "a", "test_split": "train"},
+    ],
+)
 def test_options_that_make_no_sense_are_refused(wrong: object) -> None:
     with pytest.raises(ValidationError):
         DataSource.model_validate(wrong)
