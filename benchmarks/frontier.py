@@ -55,6 +55,7 @@ def codec(text: str) -> str:
 
 TRANSFORM = "name: transform_coding"
 SVD_INT4 = "name: svd, precision: int4"
+NARROWER = ("compressor.bytes_per_round=9000",)
 LONGER = ("num_rounds=30", "compressor.bytes_per_round=13000")
 CODECS = {
     "dense float32": "name: identity",
@@ -82,6 +83,7 @@ DIGITS = (
     Condition("FedKD, dense", "digits_fedkd.yaml", (codec("name: identity"),), "FedKD"),
     Condition("FedKD, svd as published", "digits_fedkd.yaml", (codec("name: svd"),), "FedKD"),
     Condition("FedKD, transform_coding, 20.5 kB a round", "digits_fedkd.yaml", (), "FedKD"),
+    Condition("FedKD, transform_coding, 9 kB a round", "digits_fedkd.yaml", NARROWER, "FedKD"),
     Condition("FedKD, transform_coding, 13 kB, 30 rounds", "digits_fedkd.yaml", LONGER, "FedKD"),
     *(
         Condition(f"FedAvg(student), {name}", "digits_fedavg_student.yaml", (codec(text),), "FedAvg(student)")
