@@ -171,14 +171,13 @@ def print_table(results: list[dict[str, Any]], dense_label: str) -> None:
 
 def draw(results: list[dict[str, Any]], conditions: tuple[Condition, ...], path: Path) -> None:
     """Accuracy against bytes: a point for each condition, a bar for its spread over seeds."""
-    figure = Figure(figsize=(9.0, 5.6), layout="constrained")
+    figure = Figure(figsize=(10.5, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     families = list(dict.fromkeys(condition.family for condition in conditions))
-    for condition in conditions:
+    measured = [c for c in conditions if any(row["label"] == c.label for row in results)]
+    for number, condition in enumerate(measured, 1):
         rows = [row for row in results if row["label"] == condition.label]
-        if not rows:
-            continue
         scores = [row["accuracy"] for row in rows]
         moved = mean(row["per_client_bytes"] for row in rows) / 1e6
         index = families.index(condition.family)
@@ -191,18 +190,16 @@ def draw(results: list[dict[str, Any]], conditions: tuple[Condition, ...], path:
             color=f"C{index}",
             markerfacecolor=f"C{index}" if ours else "white",
             markersize=6,
-            elinewidth=0.8,
+            elinewidth=0.6,
             capsize=2,
+            label=f"{number}  {condition.label}",
         )
-        name = condition.label.removeprefix(f"{condition.family}, ")
-        axes.annotate(name, (moved, mean(scores)), xytext=(5, 4), textcoords="offset points", fontsize=6.5)
-    for index, family in enumerate(families):
-        axes.plot([], [], "os^D"[index % 4], color=f"C{index}", label=family)
+        axes.annotate(f"{number}", (moved, mean(scores)), xytext=(5, 3), textcoords="offset points", fontsize=8)
     axes.set_xscale("log")
     axes.set(xlabel="MB moved per client, up and down (log scale)", ylabel="accuracy, mean of the last three rounds")
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside right upper", fontsize=7.5)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
