@@ -34,7 +34,7 @@ def test_a_supernode_that_is_killed_and_started_again_takes_part_again(tmp_path:
         wait_until(lambda: rounds_in(tmp_path / "out") >= 2)
         kill_all([victim.pid, *descendants(victim.pid)])
         nodes.start_node(2)  # under a new node id, with the same disk
-        flower = nodes.wait(run_id, 300)
+        flower = nodes.wait(run_id, 600)
     assert flower["status"] == "finished:completed", flower
     run_dir = nodes.run_dir()
     rounds, final = rows_of(run_dir, "round"), rows_of(run_dir, "final")[0]
