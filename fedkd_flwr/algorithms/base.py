@@ -34,12 +34,22 @@ class Assignment:
     """What a client is asked to do in one round.
 
     Attributes:
-        progress: share of training done, in [0, 1].
+        progress: where this round lies among the rounds, from 0 in the first to 1 in the last.
         seed: source of all randomness of this client in this round.
+        begin: share of all rounds that is done when this one begins, in [0, 1].
+        end: the same when it has ended, in (0, 1].
     """
 
     progress: float
     seed: int
+    begin: float = 0.0
+    end: float = 1.0
+
+    @classmethod
+    def of_round(cls, server_round: int, num_rounds: int, *, progress: float, seed: int) -> "Assignment":
+        """What is asked in one round of `num_rounds`, counted from 1. A round beyond the last lies at the very end."""
+        begin, end = (min(done / num_rounds, 1.0) for done in (server_round - 1, server_round))
+        return cls(progress, seed, begin, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +91,8 @@ class SharedState(Protocol):
 class ClientHalf(Protocol):
     """Runs where the data is."""
 
-    def initial_private(self) -> Arrays:
-        """What a client keeps to itself before its first round."""
+    def initial_private(self, data: ClientData) -> Arrays:
+        """What a client with this data keeps to itself before its first round."""
 
     def train(self, shared: Arrays, private: Arrays, data: ClientData, assignment: Assignment) -> Trained:
         """One round of local training."""
@@ -90,7 +100,7 @@ class ClientHalf(Protocol):
     def evaluate(self, shared: Arrays, private: Arrays, data: ClientData) -> dict[str, Metrics]:
         """Metrics on the client's own test examples: "shared" and "private", whichever exist."""
 
-    def export_private(self, private: Arrays, directory: Path) -> bool:
+    def export_private(self, private: Arrays, data: ClientData, directory: Path) -> bool:
         """Write the client's own model where it has one; say whether it does."""
 
 

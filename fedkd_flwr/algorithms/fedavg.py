@@ -22,7 +22,9 @@ from fedkd_flwr.algorithms.base import (
 )
 from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOptions, Penalty, train_supervised
 from fedkd_flwr.core.arrays import Arrays
-from fedkd_flwr.core.protocols import ClientData, Task
+from fedkd_flwr.core.protocols import ClientData, Models, Task
+
+_OPTIMIZER = "optimizer/"
 
 
 class FedAvgOptions(AlgorithmOptions):
@@ -30,21 +32,43 @@ class FedAvgOptions(AlgorithmOptions):
 
     Attributes:
         model: which of the task's models is shared.
-        local: epochs and batch size of a client's round.
-        optimizer: the client's, begun afresh each round.
+        local: how a client trains in a round.
+        optimizer: the client's.
+        keep_moments: go on with the optimiser's moments of a client's last round; off, each round begins afresh,
+            because the weights jump in between.
     """
 
     name: Literal["fedavg"] = "fedavg"
     model: Literal["teacher", "student"] = "teacher"
     local: LocalTraining = LocalTraining()
     optimizer: OptimizerOptions = OptimizerOptions()
+    keep_moments: bool = False
 
     def build(self, task: Task, seed: int) -> Algorithm:
-        """FedAvg of the chosen model."""
+        """FedAvg of the chosen model.
+
+        Raises:
+            ValueError: if clients have different ones.
+        """
         models = task.build_models(seed)
-        shared = SharedModel(task, models.teacher if self.model == "teacher" else models.student)
-        client = FedAvgClient(task, shared, self.local, self.optimizer)
+        shared = SharedModel(task, common_model(models, self.model))
+        client = FedAvgClient(task, shared, self.local, self.optimizer, keep_moments=self.keep_moments)
         return Algorithm("updates", shared, client, MeanUpdateServer(shared), *num_parameters(models))
+
+
+def common_model(models: Models, which: Literal["teacher", "student"]) -> nn.Module:
+    """The chosen model, which must be the same on all clients.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if which == "student":
+        return models.student
+    if models.other_teachers:
+        raise ValueError(
+            "algorithm.model: clients have different teachers, whose updates can't be averaged; set model to student"
+        )
+    return models.teacher
 
 
 class FedAvgClient:
@@ -53,9 +77,10 @@ class FedAvgClient:
     Args:
         task: what is learned.
         shared: the model.
-        local: epochs and batch size.
-        optimizer: begun afresh each round.
+        local: how a client trains in a round.
+        optimizer: the client's.
         make_penalty: called with the module as received; returns what to add to the loss at every step.
+        keep_moments: whether the optimiser goes on where it was after the client's last round.
     """
 
     def __init__(
@@ -65,30 +90,37 @@ class FedAvgClient:
         local: LocalTraining,
         optimizer: OptimizerOptions,
         make_penalty: Callable[[nn.Module], Penalty] | None = None,
+        *,
+        keep_moments: bool = False,
     ) -> None:
+        local.place(shared.module)
         self._task = task
         self._shared = shared
         self._local = local
         self._optimizer = optimizer
         self._make_penalty = make_penalty
+        self._keep_moments = keep_moments
 
-    def initial_private(self) -> Arrays:
-        """Nothing stays on a client."""
+    def initial_private(self, data: ClientData) -> Arrays:
+        """Nothing is on a client at first."""
         return {}
 
     def train(self, shared: Arrays, private: Arrays, data: ClientData, assignment: Assignment) -> Trained:
-        """Train from `shared`; upload the difference."""
+        """Train from `shared`; upload the difference, and keep the moments where asked."""
         self._shared.load(shared)
         module = self._shared.module
         optimizer = Optimizer(self._optimizer, module.named_parameters())
+        if self._keep_moments:
+            optimizer.write_state(_OPTIMIZER, private)
         penalty = self._make_penalty(module) if self._make_penalty else None
-        metrics = train_supervised(self._task, module, optimizer, data.train, self._local, assignment.seed, penalty)
-        return Trained(self._shared.update(shared), private, metrics)
+        metrics = train_supervised(self._task, module, optimizer, data.train, self._local, assignment, penalty)
+        kept = optimizer.read_state(_OPTIMIZER) if self._keep_moments else {}
+        return Trained(self._shared.update(shared), kept, metrics)
 
     def evaluate(self, shared: Arrays, private: Arrays, data: ClientData) -> dict[str, Metrics]:
         """Score of the shared model."""
         return {"shared": self._shared.score(shared, data.test)}
 
-    def export_private(self, private: Arrays, directory: Path) -> bool:
+    def export_private(self, private: Arrays, data: ClientData, directory: Path) -> bool:
         """There is no private model."""
         return False

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions, MeanUpdateServer, SharedModel, num_parameters
-from fedkd_flwr.algorithms.fedavg import FedAvgClient
+from fedkd_flwr.algorithms.fedavg import FedAvgClient, common_model
 from fedkd_flwr.algorithms.loop import LocalTraining, OptimizerOptions, Penalty
 from fedkd_flwr.core.protocols import Task
 
@@ -22,8 +22,9 @@ class FedProxOptions(AlgorithmOptions):
     Attributes:
         model: which of the task's models is shared.
         proximal_mu: weight mu of the penalty; 0 is FedAvg.
-        local: epochs and batch size of a client's round.
-        optimizer: the client's, begun afresh each round.
+        local: how a client trains in a round.
+        optimizer: the client's.
+        keep_moments: go on with the optimiser's moments of a client's last round; off, each round begins afresh.
     """
 
     name: Literal["fedprox"] = "fedprox"
@@ -31,13 +32,23 @@ class FedProxOptions(AlgorithmOptions):
     proximal_mu: float = Field(0.1, ge=0)
     local: LocalTraining = LocalTraining()
     optimizer: OptimizerOptions = OptimizerOptions()
+    keep_moments: bool = False
 
     def build(self, task: Task, seed: int) -> Algorithm:
-        """FedProx of the chosen model."""
+        """FedProx of the chosen model.
+
+        Raises:
+            ValueError: if clients have different ones.
+        """
         models = task.build_models(seed)
-        shared = SharedModel(task, models.teacher if self.model == "teacher" else models.student)
+        shared = SharedModel(task, common_model(models, self.model))
         client = FedAvgClient(
-            task, shared, self.local, self.optimizer, lambda module: proximal_penalty(module, self.proximal_mu)
+            task,
+            shared,
+            self.local,
+            self.optimizer,
+            lambda module: proximal_penalty(module, self.proximal_mu),
+            keep_moments=self.keep_moments,
         )
         return Algorithm("updates", shared, client, MeanUpdateServer(shared), *num_parameters(models))
 

@@ -18,7 +18,7 @@ from fedkd_flwr.algorithms.base import (
 from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOptions, train_supervised
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.modules import prefixed, read_arrays, write_arrays
-from fedkd_flwr.core.protocols import ClientData, Examples, Task
+from fedkd_flwr.core.protocols import ClientData, Examples, Models, Task
 
 _MODEL = "model/"
 _OPTIMIZER = "optimizer/"
@@ -29,20 +29,21 @@ class LocalOnlyOptions(AlgorithmOptions):
 
     Attributes:
         model: which of the task's models each client trains.
-        local: epochs and batch size of a client's round.
-        optimizer: the client's; its moments are kept from round to round.
+        local: how a client trains in a round.
+        optimizer: the client's.
+        keep_moments: go on with the optimiser's moments of the last round, so that rounds make no difference.
     """
 
     name: Literal["local_only"] = "local_only"
     model: Literal["teacher", "student"] = "teacher"
     local: LocalTraining = LocalTraining()
     optimizer: OptimizerOptions = OptimizerOptions()
+    keep_moments: bool = True
 
     def build(self, task: Task, seed: int) -> Algorithm:
-        """Local training of the chosen model."""
+        """Local training of the chosen model, which may be another on each client."""
         models = task.build_models(seed)
-        module = models.teacher if self.model == "teacher" else models.student
-        client = LocalOnlyClient(task, module, self.local, self.optimizer)
+        client = LocalOnlyClient(task, models, self)
         return Algorithm("nothing", NothingShared(), client, LocalOnlyServer(), *num_parameters(models))
 
 
@@ -65,36 +66,48 @@ class NothingShared:
 class LocalOnlyClient:
     """Client half: one model, its optimiser, its data."""
 
-    def __init__(self, task: Task, module: nn.Module, local: LocalTraining, optimizer: OptimizerOptions) -> None:
+    def __init__(self, task: Task, models: Models, options: LocalOnlyOptions) -> None:
         self._task = task
-        self._module = module
-        self._local = local
-        self._optimizer = optimizer
-        self._initial = read_arrays(module)
+        self._options = options
+        # Scratch space for whichever client is at work: what training can change comes from its arrays each time, and
+        # the frozen rest is of version 0 for good.
+        teachers = (models.teacher, *models.other_teachers)
+        self._modules = teachers if options.model == "teacher" else (models.student,)
+        self._initial = [read_arrays(module, frozen=False) for module in self._modules]
+        options.local.place(*self._modules)
 
-    def initial_private(self) -> Arrays:
-        """The model's version 0."""
-        return prefixed(_MODEL, self._initial)
+    def initial_private(self, data: ClientData) -> Arrays:
+        """The model's version 0, without what is frozen in it."""
+        return prefixed(_MODEL, self._initial[self._which(data)])
 
     def train(self, shared: Arrays, private: Arrays, data: ClientData, assignment: Assignment) -> Trained:
         """Go on from the last round."""
-        write_arrays(self._module, private, _MODEL)
-        optimizer = Optimizer(self._optimizer, self._module.named_parameters())
-        optimizer.write_state(_OPTIMIZER, private)
-        metrics = train_supervised(self._task, self._module, optimizer, data.train, self._local, assignment.seed)
-        kept = prefixed(_MODEL, read_arrays(self._module)) | optimizer.read_state(_OPTIMIZER)
+        options, module = self._options, self._load(private, data)
+        optimizer = Optimizer(options.optimizer, module.named_parameters())
+        if options.keep_moments:
+            optimizer.write_state(_OPTIMIZER, private)
+        metrics = train_supervised(self._task, module, optimizer, data.train, options.local, assignment)
+        kept = prefixed(_MODEL, read_arrays(module, frozen=False))
+        if options.keep_moments:
+            kept |= optimizer.read_state(_OPTIMIZER)
         return Trained(None, kept, metrics)
 
     def evaluate(self, shared: Arrays, private: Arrays, data: ClientData) -> dict[str, Metrics]:
         """Score of the client's own model."""
-        write_arrays(self._module, private, _MODEL)
-        return {"private": self._task.score(self._module, data.test)}
+        return {"private": self._task.score(self._load(private, data), data.test)}
 
-    def export_private(self, private: Arrays, directory: Path) -> bool:
+    def export_private(self, private: Arrays, data: ClientData, directory: Path) -> bool:
         """Write the client's own model."""
-        write_arrays(self._module, private, _MODEL)
-        self._task.export(self._module, directory)
+        self._task.export(self._load(private, data), directory)
         return True
+
+    def _which(self, data: ClientData) -> int:
+        return data.teacher if self._options.model == "teacher" else 0
+
+    def _load(self, private: Arrays, data: ClientData) -> nn.Module:
+        module = self._modules[self._which(data)]
+        write_arrays(module, private, _MODEL, frozen=False)
+        return module
 
 
 class LocalOnlyServer:

@@ -1,108 +1,156 @@
-"""The one epoch and batch loop, and the optimisers that run in it."""
+"""The one epoch and batch loop."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
-from fedkd_flwr.core.arrays import Array, Arrays
-from fedkd_flwr.core.losses import cross_entropy
-from fedkd_flwr.core.protocols import Batch, Examples, Task
+from fedkd_flwr.algorithms.base import Assignment
+from fedkd_flwr.algorithms.optimizer import Optimizer, OptimizerOptions
+from fedkd_flwr.core.losses import task_loss
+from fedkd_flwr.core.protocols import Batch, Examples, Outputs, Task
 from fedkd_flwr.core.seeds import derive_seed
 
-Step = Callable[[Batch], Mapping[str, float]]
+__all__ = [
+    "LocalTraining",
+    "Optimizer",
+    "OptimizerOptions",
+    "Penalty",
+    "forward",
+    "run_epochs",
+    "train_supervised",
+]
+
+# The loss of one batch, a scalar with a graph, and what was measured on the way, scalars without.
+LossOf = Callable[[Batch], tuple[Tensor, Mapping[str, Tensor]]]
+Penalty = Callable[[nn.Module], Tensor]
 
 
 class LocalTraining(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """How long and in what portions a client trains in one round."""
+    """How long, in what portions and on what a client trains in one round.
+
+    Attributes:
+        num_epochs: passes over the client's examples.
+        batch_size: examples that are in memory together.
+        accumulate: batches whose gradients make one step, for a batch that memory does not hold.
+        precision: of the forward pass in training; parameters, losses and scores are float32 either way.
+        compile: let torch compile the models, which takes minutes at first and pays off in long trainings.
+        device: where the models are; auto is the GPU where there is one.
+    """
 
     num_epochs: int = Field(2, ge=1)
     batch_size: int = Field(16, ge=1)
+    accumulate: int = Field(1, ge=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def place(self, *modules: nn.Module) -> None:
+        """Move modules to the device, in place.
+
+        Raises:
+            ValueError: if that is a GPU and there is none.
+        """
+        available = torch.cuda.is_available()
+        if self.device == "cuda" and not available:
+            raise ValueError("algorithm.local.device: cuda was asked for, and torch finds no GPU here; use auto or cpu")
+        device = torch.device("cuda" if available and self.device != "cpu" else "cpu")
+        for module in modules:
+            module.to(device)
+
+    def prepare(self, *modules: nn.Module) -> None:
+        """Put modules into training mode, compiled where asked.
+
+        Here and not where they are built: a server builds them too, and never trains.
+        """
+        for module in modules:
+            module.train()
+            # In place, so that names of tensors stay; again would compile again.
+            if self.compile and getattr(module, "_compiled_call_impl", None) is None:
+                module.compile()
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimiser steps of one round."""
+        num_batches = -(-num_examples // self.batch_size)
+        return self.num_epochs * -(-num_batches // self.accumulate)
 
 
-class OptimizerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """An optimiser of torch. `max_grad_norm` clips the gradient's norm over all parameters; null leaves it."""
-
-    name: Literal["adam", "adamw", "sgd"] = "adam"
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    max_grad_norm: float | None = Field(None, gt=0)
-
-
-class Optimizer:
-    """An optimiser over named parameters, of which there may be none; its state can leave torch as named arrays."""
-
-    def __init__(self, options: OptimizerOptions, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        self._named = {name: parameter for name, parameter in parameters if parameter.requires_grad}
-        self._max_grad_norm = options.max_grad_norm
-        for parameter in self._named.values():
-            parameter.grad = None  # a step that failed may have left one
-        self._optimizer = _build(options, list(self._named.values())) if self._named else None
-
-    def step(self) -> None:
-        """Clip where asked, step, and forget the gradients."""
-        if self._optimizer is None:
-            return
-        if self._max_grad_norm is not None:
-            clip_grad_norm_(self._named.values(), self._max_grad_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-
-    def read_state(self, prefix: str) -> dict[str, Array]:
-        """Moments and step counts as `prefix` + parameter + "/" + key."""
-        arrays: dict[str, Array] = {}
-        if self._optimizer is None:
-            return arrays
-        for name, parameter in self._named.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    arrays[f"{prefix}{name}/{key}"] = np.array(value.detach().cpu().numpy(), copy=True)
-        return arrays
-
-    def write_state(self, prefix: str, arrays: Arrays) -> None:
-        """Take up the state that `read_state` gave; parameters without one start afresh."""
-        for name, parameter in self._named.items():
-            start = f"{prefix}{name}/"
-            found = {key[len(start) :]: value for key, value in arrays.items() if key.startswith(start)}
-            if found and self._optimizer is not None:
-                self._optimizer.state[parameter] = {key: torch.tensor(value) for key, value in found.items()}
+def forward(
+    task: Task,
+    module: nn.Module,
+    batch: Batch,
+    local: LocalTraining,
+    *,
+    hidden_states: bool = False,
+    attentions: bool = False,
+) -> Outputs:
+    """Run a model for training. What it returns is float32 in any precision: bfloat16 has too few digits for losses."""
+    if local.precision == "float32":
+        return task.forward(module, batch, hidden_states=hidden_states, attentions=attentions)
+    parameter = next(module.parameters(), None)
+    with torch.autocast("cpu" if parameter is None else parameter.device.type, dtype=torch.bfloat16):
+        out = task.forward(module, batch, hidden_states=hidden_states, attentions=attentions)
+    return replace(
+        out,
+        logits=out.logits.float(),
+        hidden_states=out.hidden_states and tuple(state.float() for state in out.hidden_states),
+        attentions=out.attentions and tuple(attention.float() for attention in out.attentions),
+    )
 
 
-def _build(options: OptimizerOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    rate, decay = options.learning_rate, options.weight_decay
-    if options.name == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=options.momentum)
-    kind = torch.optim.Adam if options.name == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=rate, weight_decay=decay)
+def run_epochs(
+    examples: Examples, local: LocalTraining, assignment: Assignment, optimizers: Sequence[Optimizer], loss_of: LossOf
+) -> dict[str, list[float]]:
+    """Minimise a loss over every batch of every epoch.
 
-
-def run_epochs(examples: Examples, local: LocalTraining, seed: int, step: Step) -> dict[str, list[float]]:
-    """Call `step` on every batch of every epoch.
+    The batches of one step count by their examples, so the step is that of all of them in one batch wherever the loss
+    is a mean over examples. The last step of an epoch makes do with what is left.
 
     Args:
         examples: what to learn from.
-        local: epochs and batch size.
-        seed: decides the order of examples; each epoch has its own.
-        step: trains on one batch and returns what it measured.
+        local: epochs, batch size, batches of a step.
+        assignment: its seed decides the order of examples, and each epoch has its own; its place in the run decides
+            the learning rate.
+        optimizers: step together.
+        loss_of: the loss of one batch and what it measured.
 
     Returns:
-        Each measure at every step, in order.
+        Each measure at every batch, in order.
     """
-    measures: dict[str, list[float]] = defaultdict(list)
+    measures: dict[str, list[Tensor]] = defaultdict(list)
+    num_steps, step = local.num_steps(len(examples)), 0
     for epoch in range(local.num_epochs):
-        for batch in examples.batches(local.batch_size, derive_seed(seed, "batches", epoch)):
-            for name, value in step(batch).items():
-                measures[name].append(value)
-    return dict(measures)
+        batches = examples.batches(local.batch_size, derive_seed(assignment.seed, "batches", epoch))
+        for group in _groups(batches, local.accumulate):
+            sizes = [len(next(iter(batch.values()))) for batch in group]
+            for batch, size in zip(group, sizes, strict=True):
+                loss, found = loss_of(batch)
+                (loss * (size / sum(sizes))).backward()  # type: ignore[no-untyped-call]
+                for name, value in found.items():
+                    measures[name].append(value)
+            before, after = (_share_done(assignment, done, num_steps) for done in (step, step + 1))
+            for optimizer in optimizers:
+                optimizer.step(before, after)
+            step += 1
+    # Read at the end: each number that is read waits until a GPU has done all it was given.
+    return {name: torch.stack(values).tolist() for name, values in measures.items()}
 
 
-Penalty = Callable[[nn.Module], Tensor]
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """The batches in groups of `size`, the last one of what is left."""
+    remaining = iter(batches)
+    return iter(lambda: list(islice(remaining, size)), [])
+
+
+def _share_done(assignment: Assignment, step: int, num_steps: int) -> float:
+    """Share of the whole run that is done after so many steps of this round; never beyond the round's end."""
+    return assignment.begin + (assignment.end - assignment.begin) * min(step / num_steps, 1.0)
 
 
 def train_supervised(
@@ -111,7 +159,7 @@ def train_supervised(
     optimizer: Optimizer,
     examples: Examples,
     local: LocalTraining,
-    seed: int,
+    assignment: Assignment,
     penalty: Penalty | None = None,
 ) -> dict[str, float]:
     """Minimise the task loss, plus a penalty on the module where one is given.
@@ -120,13 +168,10 @@ def train_supervised(
         `train_loss`, the mean task loss in nats.
     """
 
-    def step(batch: Batch) -> Mapping[str, float]:
-        out = task.forward(module, batch, hidden_states=False, attentions=False)
-        loss = cross_entropy(out.logits, out.labels)
-        total = loss if penalty is None else loss + penalty(module)
-        total.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        return {"train_loss": float(loss.detach())}
+    def loss_of(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        loss = task_loss(forward(task, module, batch, local))
+        return loss if penalty is None else loss + penalty(module), {"train_loss": loss.detach()}
 
-    module.train()
-    return {name: float(np.mean(values)) for name, values in run_epochs(examples, local, seed, step).items()}
+    local.prepare(module)
+    measures = run_epochs(examples, local, assignment, [optimizer], loss_of)
+    return {name: float(np.mean(values)) for name, values in measures.items()}

@@ -12,18 +12,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedkd_flwr.core.protocols import Outputs
+
 NO_LABEL = -100  # torch's own ignore_index
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Equations 1 and 2: cross-entropy in nats, mean over the positions that have a label; 0 where none has.
+
+    With class weights w it is the weighted mean, sum(w_y CE) / sum(w_y), as torch's own `CrossEntropyLoss(weight=w)`
+    has it; 0 where the weights of all labels are 0.
 
     Args:
         logits: [..., classes], at least two axes.
         labels: [...], class indices; -100 marks a position without a label.
+        class_weights: [classes], each >= 0; None where all labels count alike.
     """
-    total = functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
-    return total / (labels != NO_LABEL).sum().clamp(min=1)
+    weights = None if class_weights is None else class_weights.to(logits)  # device and dtype
+    total = functional.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), weight=weights, ignore_index=NO_LABEL, reduction="sum"
+    )
+    labelled = labels != NO_LABEL
+    if weights is None:
+        return total / labelled.sum().clamp(min=1)
+    mass = torch.where(labelled, weights[labels.clamp(min=0)], 0.0).sum()
+    return total / torch.where(mass > 0, mass, 1.0)
+
+
+def task_loss(out: Outputs) -> Tensor:
+    """What every model is trained on, whatever else it learns from: `cross_entropy` of one forward pass."""
+    return cross_entropy(out.logits, out.labels, out.class_weights)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

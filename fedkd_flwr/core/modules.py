@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fedkd_flwr.core.arrays import Array, Arrays, Spec, TensorSpec
+from fedkd_flwr.core.protocols import Batch
 
 
 def exchanged_spec(module: nn.Module) -> Spec:
@@ -24,16 +25,21 @@ def exchanged_spec(module: nn.Module) -> Spec:
     return tuple(parameters + buffers)
 
 
-def read_arrays(module: nn.Module) -> dict[str, Array]:
-    """Every parameter and persistent buffer as an array of its own.
+def read_arrays(module: nn.Module, *, frozen: bool = True) -> dict[str, Array]:
+    """Every parameter and persistent buffer as an array of its own; without `frozen`, only what training can change.
 
     Floating tensors become float32 masters. The arrays are copies: a view of live weights would turn every later
     update into zeros.
     """
+    return {name: _to_array(tensor) for name, tensor in _tensors(module, frozen).items()}
+
+
+def _tensors(module: nn.Module, frozen: bool) -> dict[str, torch.Tensor]:
+    """Parameters, the frozen ones only where asked for, then persistent buffers."""
     persistent = module.state_dict().keys()
-    tensors: dict[str, torch.Tensor] = dict(module.named_parameters())
+    tensors: dict[str, torch.Tensor] = {n: p for n, p in module.named_parameters() if frozen or p.requires_grad}
     tensors.update((n, b) for n, b in module.named_buffers() if n in persistent)
-    return {name: _to_array(tensor) for name, tensor in tensors.items()}
+    return tensors
 
 
 def _to_array(tensor: torch.Tensor) -> Array:
@@ -43,22 +49,29 @@ def _to_array(tensor: torch.Tensor) -> Array:
     return np.array(detached.numpy(), copy=True)
 
 
-def write_arrays(module: nn.Module, arrays: Arrays, prefix: str = "") -> None:
+def write_arrays(module: nn.Module, arrays: Arrays, prefix: str = "", *, frozen: bool = True) -> None:
     """Copy `arrays[prefix + name]` into every parameter and persistent buffer of `module`.
+
+    Without `frozen`, frozen parameters stay as they are, whatever the arrays hold: what `read_arrays` leaves out.
 
     Raises:
         ValueError: if a tensor is missing or has another shape.
     """
-    persistent = module.state_dict().keys()
-    tensors: dict[str, torch.Tensor] = dict(module.named_parameters())
-    tensors.update((n, b) for n, b in module.named_buffers() if n in persistent)
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name, tensor in _tensors(module, frozen).items():
             value = arrays.get(prefix + name)
             if value is None or tuple(value.shape) != tuple(tensor.shape):
                 got = "nothing" if value is None else f"shape {tuple(value.shape)}"
                 raise ValueError(f"tensor {name!r} needs shape {tuple(tensor.shape)}, got {got}")
             tensor.copy_(torch.tensor(value).reshape(tensor.shape))
+
+
+def on_device_of(model: nn.Module, batch: Batch) -> Batch:
+    """The batch on the device of the model's parameters: the same tensors where they are there already."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return batch
+    return {name: tensor.to(parameter.device) for name, tensor in batch.items()}
 
 
 def prefixed(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:

@@ -23,6 +23,7 @@ class Outputs:
         hidden_states: embedding output, then one [batch, tokens, width] per layer; None if not asked for.
         attentions: one [batch, heads, tokens, tokens] per layer; None if not asked for.
         token_mask: [batch, tokens], true where a token is real; None where every token is.
+        class_weights: [classes], how much a label of each class counts in the task loss; None where all count alike.
     """
 
     logits: Tensor
@@ -30,6 +31,7 @@ class Outputs:
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     token_mask: Tensor | None = None
+    class_weights: Tensor | None = None
 
 
 class Examples(Protocol):
@@ -44,18 +46,47 @@ class Examples(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ClientData:
-    """What one client holds: `train` to learn from, `test` to score on."""
+    """What one client holds.
+
+    Attributes:
+        train: to learn from.
+        test: to score on.
+        teacher: which teacher it has: 0 is `Models.teacher`, n is `Models.other_teachers[n - 1]`.
+    """
 
     train: Examples
     test: Examples
+    teacher: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """A teacher, and the student that starts from it."""
+    """Version 0 of what a task trains.
+
+    Attributes:
+        teacher: the large model that clients have unless they have another.
+        student: the small one that they share.
+        other_teachers: those that some clients have instead; see `ClientData.teacher`.
+    """
 
     teacher: nn.Module
     student: nn.Module
+    other_teachers: tuple[nn.Module, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """What is worth knowing of a task's data before it is used.
+
+    Attributes:
+        label_names: of the classes.
+        label_counts: for each client, how many training labels of each class it has.
+        notes: one line each: rows that were left out and why, clients that will find it hard.
+    """
+
+    label_names: tuple[str, ...]
+    label_counts: tuple[tuple[int, ...], ...]
+    notes: tuple[str, ...] = ()
 
 
 class Task(Protocol):
@@ -66,6 +97,9 @@ class Task(Protocol):
 
     def test_data(self) -> Examples:
         """The server's global test set."""
+
+    def data_report(self) -> DataReport:
+        """How the labels lie among the clients, and what was left out."""
 
     def build_models(self, seed: int) -> Models:
         """Version 0 of teacher and student: the same for everyone who passes the same seed."""

@@ -45,7 +45,7 @@ class Client:
             version=0,
             lineage=self.runtime.lineage,
             shared=self.runtime.initial,
-            private=self.runtime.algorithm.client.initial_private(),
+            private=self.runtime.algorithm.client.initial_private(self.data),
             committed=uplink,
             pending=uplink,
             downlink=wires.downlink.initial_state() if wires else {},
@@ -118,7 +118,7 @@ def evaluate(message: Message, context: Context, app_dir: Path) -> Message:
     state = store.commit(state)
     half = client.runtime.algorithm.client
     scores = half.evaluate(state.shared, state.private, client.data)
-    half.export_private(state.private, store.directory / PRIVATE_MODEL_DIR)
+    half.export_private(state.private, client.data, store.directory / PRIVATE_MODEL_DIR)
     reply = replace(_scored(client, state, instruction, scores), seconds=seconds)
     return Message(reply.to_records(), reply_to=message)
 
@@ -175,10 +175,13 @@ def _train(client: Client, state: ClientState, instruction: Instruction) -> tupl
     arrived = perf_counter()
     scores = half.evaluate(state.shared, state.private, client.data)
     seed = derive_seed(settings.experiment.seed, "client", instruction.server_round, settings.client_key)
+    assignment = Assignment.of_round(
+        instruction.server_round, settings.experiment.num_rounds, progress=instruction.progress, seed=seed
+    )
     started = perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout and the like draw from torch's global source
-        trained = half.train(state.shared, state.private, client.data, Assignment(instruction.progress, seed))
+        trained = half.train(state.shared, state.private, client.data, assignment)
     after_training = perf_counter()
     payload: bytes | None = None
     pending = state.committed

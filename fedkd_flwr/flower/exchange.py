@@ -300,15 +300,16 @@ class Exchange(Strategy):
     def _advance(self, merger: Merger) -> bool:
         """Move the reference by the aggregate. False, and nothing moved, where there is none or it is not finite."""
         current = self._round
-        assignment = Assignment(current.progress, derive_seed(self._seed, "server", current.number))
+        seed = derive_seed(self._seed, "server", current.number)
+        assignment = Assignment.of_round(current.number, self._num_rounds, progress=current.progress, seed=seed)
         try:
             started = perf_counter()
             aggregate = merger.result()
             broadcast = self._runtime.algorithm.server.broadcast(aggregate, self.reference.shared, assignment)
             current.timed("aggregate", started)
             started = perf_counter()
-            seed = derive_seed(assignment.seed, "encode")
-            current.payload_bytes = self.reference.advance(broadcast, progress=current.progress, seed=seed)
+            to_encode = derive_seed(seed, "encode")
+            current.payload_bytes = self.reference.advance(broadcast, progress=current.progress, seed=to_encode)
             current.timed("encode", started)
         except ValueError as error:
             merger.undo()

@@ -118,7 +118,7 @@ def _first_reply(runtime: Runtime, client: int) -> Reply:
     half = runtime.algorithm.client
     data = runtime.task.client_data(client)
     seed = derive_seed(runtime.experiment.seed, "forecast", client)
-    trained = half.train(runtime.initial, half.initial_private(), data, Assignment(0.0, seed))
+    trained = half.train(runtime.initial, half.initial_private(data), data, _first_assignment(runtime, seed))
     scores = half.evaluate(runtime.initial, trained.private, data)
     return Reply(
         server_round=1,
@@ -133,6 +133,10 @@ def _first_reply(runtime: Runtime, client: int) -> Reply:
         train=trained.metrics,
         seconds=dict.fromkeys(("evaluate", "client_train", "encode", "decode"), 0.0),
     )
+
+
+def _first_assignment(runtime: Runtime, seed: int) -> Assignment:
+    return Assignment.of_round(1, runtime.experiment.num_rounds, progress=0.0, seed=seed)
 
 
 def _encoded(runtime: Runtime, trained: Trained, seed: int) -> bytes | None:
@@ -152,5 +156,6 @@ def _first_broadcast(runtime: Runtime, replies: dict[str, Reply]) -> bytes | Non
     current = Round(1, 0.0, 0, runtime.lineage, accepted=dict(replies))
     merger.take(current, current.reject)
     seed = derive_seed(runtime.experiment.seed, "forecast")
-    broadcast = runtime.algorithm.server.broadcast(merger.result(), runtime.initial, Assignment(0.0, seed))
+    assignment = _first_assignment(runtime, seed)
+    broadcast = runtime.algorithm.server.broadcast(merger.result(), runtime.initial, assignment)
     return downlink.encode(broadcast, downlink.initial_state(), progress=0.0, seed=seed)[0]

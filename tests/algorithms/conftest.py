@@ -9,7 +9,7 @@ from torch import nn
 from fedkd_flwr.algorithms.base import Assignment
 from fedkd_flwr.algorithms.loop import LocalTraining, OptimizerOptions
 from fedkd_flwr.core.arrays import Array, Arrays
-from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Models, Outputs, Task
+from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs, Task
 from fedkd_flwr.tasks.digits import DigitsOptions, VitOptions
 from fedkd_flwr.tasks.partition import IidPartition
 
@@ -86,6 +86,9 @@ class Without:
 
     def test_data(self) -> Examples:
         return self._task.test_data()
+
+    def data_report(self) -> DataReport:
+        return self._task.data_report()
 
     def build_models(self, seed: int) -> Models:
         return self._task.build_models(seed)

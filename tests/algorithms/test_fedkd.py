@@ -42,7 +42,7 @@ def fedkd(task: Task, *on: str, local: LocalTraining = LOCAL, **options: object)
 def train(
     algorithm: Algorithm, data: ClientData, private: Arrays | None = None, assignment: Assignment = FIRST
 ) -> Trained:
-    kept = algorithm.client.initial_private() if private is None else private
+    kept = algorithm.client.initial_private(data) if private is None else private
     return algorithm.client.train(algorithm.shared.initial(), kept, data, assignment)
 
 
@@ -146,7 +146,7 @@ def test_the_teacher_moves_and_stays_with_the_client(task: Task, data: ClientDat
     algorithm = fedkd(task, *TERMS)
     before = read_arrays(task.build_models(SEED).teacher)
     trained = train(algorithm, data)
-    assert same(under("teacher/", algorithm.client.initial_private()), before)
+    assert same(under("teacher/", algorithm.client.initial_private(data)), before)
     after = teacher_of(trained)
     assert after.keys() == before.keys()
     assert all(not np.array_equal(after[name], before[name]) for name in before)
@@ -166,7 +166,7 @@ def test_the_arrays_that_were_handed_in_are_not_changed(task: Task, data: Client
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_read_only_arrays_can_be_trained_from(task: Task, data: ClientData) -> None:
     algorithm = fedkd(task, *TERMS)
-    shared, private = copied(algorithm.shared.initial()), copied(algorithm.client.initial_private())
+    shared, private = copied(algorithm.shared.initial()), copied(algorithm.client.initial_private(data))
     for value in [*shared.values(), *private.values()]:
         value.flags.writeable = False
     sent = algorithm.client.train(shared, private, data, FIRST).upload
@@ -178,7 +178,7 @@ def test_version_0_is_the_same_on_every_machine_and_no_training_changes_it(task:
     algorithm, elsewhere = fedkd(task, *TERMS), fedkd(task, *TERMS)
     train(algorithm, data)
     assert same(algorithm.shared.initial(), elsewhere.shared.initial())
-    assert same(algorithm.client.initial_private(), elsewhere.client.initial_private())
+    assert same(algorithm.client.initial_private(data), elsewhere.client.initial_private(data))
 
 
 def test_the_same_assignment_leads_to_the_same_bytes_whoever_trained_before(
@@ -206,7 +206,7 @@ def test_another_seed_leads_elsewhere(task: Task, data: ClientData) -> None:
 
 def test_the_student_starts_from_what_is_shared_now(task: Task, data: ClientData) -> None:
     algorithm = fedkd(task, *TERMS)
-    version_0, private = algorithm.shared.initial(), algorithm.client.initial_private()
+    version_0, private = algorithm.shared.initial(), algorithm.client.initial_private(data)
     version_1 = algorithm.shared.apply(version_0, upload(algorithm, data))
     from_0, from_1 = (algorithm.client.train(s, private, data, SECOND).upload for s in (version_0, version_1))
     assert from_0 is not None
@@ -245,7 +245,7 @@ def test_the_steps_of_the_teachers_optimizer_are_counted_over_rounds(task: Task,
 
 def test_the_students_moments_are_forgotten(task: Task, data: ClientData) -> None:
     algorithm = fedkd(task, *TERMS)
-    initial, private = algorithm.client.initial_private(), train(algorithm, data).private
+    initial, private = algorithm.client.initial_private(data), train(algorithm, data).private
     added = {name.split("/")[0] for name in private.keys() - initial.keys()}
     assert added == {"teacher_optimizer", "projections_optimizer"}
     # A client with a round behind it, but the teacher and W_h of version 0, must teach its student the same.
@@ -256,16 +256,18 @@ def test_the_students_moments_are_forgotten(task: Task, data: ClientData) -> Non
     assert same(again, upload(algorithm, data))
 
 
-def test_between_equal_widths_w_h_begins_as_the_identity(task: Task) -> None:
-    private = fedkd(task, *TERMS).client.initial_private()
+def test_between_equal_widths_w_h_begins_as_the_identity(task: Task, data: ClientData) -> None:
+    private = fedkd(task, *TERMS).client.initial_private(data)
     assert [value.tolist() for value in under("projections/", private).values()] == [np.eye(16).tolist()]
 
 
-def test_between_other_widths_w_h_begins_orthogonal_and_the_same_for_all(narrow_student: Task) -> None:
+def test_between_other_widths_w_h_begins_orthogonal_and_the_same_for_all(
+    narrow_student: Task, data: ClientData
+) -> None:
     drawn = []
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
-        drawn += under("projections/", fedkd(narrow_student, *TERMS).client.initial_private()).values()
+        drawn += under("projections/", fedkd(narrow_student, *TERMS).client.initial_private(data)).values()
     matrix, again = drawn
     assert matrix.shape == (16, 8)
     np.testing.assert_allclose(matrix.T @ matrix, np.eye(8), atol=1e-5)
@@ -275,7 +277,7 @@ def test_between_other_widths_w_h_begins_orthogonal_and_the_same_for_all(narrow_
 def test_w_h_learns(task: Task, narrow_student: Task, data: ClientData) -> None:
     for chosen in (task, narrow_student):
         algorithm = fedkd(chosen, *TERMS)
-        (before,) = under("projections/", algorithm.client.initial_private()).values()
+        (before,) = under("projections/", algorithm.client.initial_private(data)).values()
         (after,) = under("projections/", train(algorithm, data).private).values()
         assert not np.array_equal(before, after)
 
@@ -322,7 +324,7 @@ def test_the_teacher_follows_the_hidden_term_after_the_warm_up_rounds(
 ) -> None:
     algorithm = fedkd(narrow_student, "hidden", hidden_warmup_rounds=warmup)
     alone = LocalOnlyOptions(model="teacher", local=LOCAL).build(narrow_student, SEED)
-    private, alone_private = algorithm.client.initial_private(), alone.client.initial_private()
+    private, alone_private = algorithm.client.initial_private(data), alone.client.initial_private(data)
     followed = []
     for round_seed in range(3):
         assignment = Assignment(progress=0.0, seed=round_seed)
@@ -380,7 +382,7 @@ def test_models_without_attention_maps_are_an_error_and_not_a_dropped_term(task:
 def test_models_without_hidden_states_are_an_error_and_not_a_dropped_term(task: Task, hidden_states: object) -> None:
     with pytest.raises(ValueError) as caught:
         fedkd(Without(task, hidden_states=hidden_states), *TERMS)
-    assert str(caught.value).startswith("algorithm: these models return no hidden states; ")
+    assert str(caught.value).startswith("algorithm.hidden: these models return no hidden states; ")
 
 
 def test_models_without_attention_maps_train_when_the_term_is_off(task: Task, data: ClientData) -> None:
@@ -395,7 +397,9 @@ def test_evaluation_scores_the_student_as_shared_and_the_clients_teacher(task: T
     write_arrays(models.teacher, teacher_of(trained))
     expected["private"] = task.score(models.teacher, data.test)
     assert algorithm.client.evaluate(algorithm.shared.initial(), trained.private, data) == expected
-    assert algorithm.client.evaluate(algorithm.shared.initial(), algorithm.client.initial_private(), data) != expected
+    assert (
+        algorithm.client.evaluate(algorithm.shared.initial(), algorithm.client.initial_private(data), data) != expected
+    )
 
 
 def test_the_server_scores_the_student(task: Task, data: ClientData) -> None:
@@ -408,6 +412,6 @@ def test_the_server_scores_the_student(task: Task, data: ClientData) -> None:
 def test_the_private_model_that_is_exported_is_the_teacher(task: Task, data: ClientData, tmp_path: Path) -> None:
     algorithm = fedkd(task, *TERMS)
     trained = train(algorithm, data)
-    assert algorithm.client.export_private(trained.private, tmp_path / "teacher") is True
+    assert algorithm.client.export_private(trained.private, data, tmp_path / "teacher") is True
     loaded = ViTForImageClassification.from_pretrained(tmp_path / "teacher")
     assert same(read_arrays(loaded), teacher_of(trained))

@@ -1,54 +1,45 @@
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOptions, run_epochs, train_supervised
-from fedkd_flwr.core.protocols import Batch, ClientData, Task
+from fedkd_flwr.algorithms.base import Assignment
+from fedkd_flwr.algorithms.loop import LocalTraining, forward, run_epochs, train_supervised
+from fedkd_flwr.algorithms.optimizer import Optimizer, OptimizerOptions
+from fedkd_flwr.core.protocols import Batch, ClientData, Outputs, Task
 from fedkd_flwr.tasks.base import TensorExamples
-from tests.algorithms.conftest import SGD, copied, same
+from tests.algorithms.conftest import SGD, same
+from tests.algorithms.little import Little
 
 NUM_EXAMPLES = 10
-KINDS = [
-    OptimizerOptions(name="adam", learning_rate=0.1),
-    OptimizerOptions(name="adam", learning_rate=0.1, weight_decay=0.1),
-    OptimizerOptions(name="adamw", learning_rate=0.1, weight_decay=0.1),
-    OptimizerOptions(name="sgd", learning_rate=0.1, momentum=0.9),
-    OptimizerOptions(name="sgd", learning_rate=0.1),
-    OptimizerOptions(name="adam", learning_rate=0.1, max_grad_norm=0.5),
-]
+
+
+def of(seed: int) -> Assignment:
+    return Assignment(progress=0.0, seed=seed)
+
+
+def nothing() -> Tensor:
+    """A loss that no parameter is part of."""
+    return torch.zeros((), requires_grad=True)
+
+
+def weights(module: nn.Module) -> dict[str, np.ndarray]:
+    return {name: p.detach().numpy().copy() for name, p in module.named_parameters()}
 
 
 def epochs(num_epochs: int, seed: int, batch_size: int = 4) -> list[list[int]]:
     """The examples that each epoch's steps saw, in order."""
     seen: list[int] = []
 
-    def step(batch: Batch) -> Mapping[str, float]:
+    def loss_of(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         seen.extend(batch["id"].tolist())
-        return {}
+        return nothing(), {}
 
     examples = TensorExamples({"id": torch.arange(NUM_EXAMPLES)})
-    run_epochs(examples, LocalTraining(num_epochs=num_epochs, batch_size=batch_size), seed, step)
+    run_epochs(examples, LocalTraining(num_epochs=num_epochs, batch_size=batch_size), of(seed), [], loss_of)
     return [seen[start : start + NUM_EXAMPLES] for start in range(0, len(seen), NUM_EXAMPLES)]
-
-
-def network() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-
-
-def descend(module: nn.Module, optimizer: Optimizer, steps: range) -> None:
-    for step in steps:
-        inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
-        (module(inputs) ** 2).mean().backward()
-        optimizer.step()
-
-
-def weights(module: nn.Module) -> dict[str, np.ndarray]:
-    return {name: p.detach().numpy().copy() for name, p in module.named_parameters()}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 64])
@@ -76,125 +67,12 @@ def test_a_longer_training_begins_like_a_shorter_one() -> None:
 def test_what_each_step_measured_comes_back_in_order() -> None:
     sizes = iter(range(100))
 
-    def step(batch: Batch) -> Mapping[str, float]:
-        return {"step": next(sizes), "size": len(batch["id"])}
+    def loss_of(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return nothing(), {"step": torch.tensor(next(sizes)), "size": torch.tensor(len(batch["id"]))}
 
-    measures = run_epochs(TensorExamples({"id": torch.arange(5)}), LocalTraining(num_epochs=2, batch_size=2), 0, step)
+    local = LocalTraining(num_epochs=2, batch_size=2)
+    measures = run_epochs(TensorExamples({"id": torch.arange(5)}), local, of(0), [], loss_of)
     assert measures == {"step": [0, 1, 2, 3, 4, 5], "size": [2, 2, 1, 2, 2, 1]}
-
-
-@pytest.mark.parametrize("options", KINDS, ids=str)
-def test_training_with_state_carried_over_is_uninterrupted_training_bit_for_bit(options: OptimizerOptions) -> None:
-    whole = network()
-    descend(whole, Optimizer(options, whole.named_parameters()), range(6))
-
-    parted = network()
-    before = Optimizer(options, parted.named_parameters())
-    descend(parted, before, range(3))
-    state = before.read_state("kept/")
-    after = Optimizer(options, parted.named_parameters())
-    after.write_state("kept/", state)
-    descend(parted, after, range(3, 6))
-    assert same(weights(parted), weights(whole))
-
-
-def test_an_optimizer_begun_afresh_goes_another_way() -> None:
-    # Else the test above could not fail.
-    whole, parted = network(), network()
-    descend(whole, Optimizer(KINDS[0], whole.named_parameters()), range(6))
-    descend(parted, Optimizer(KINDS[0], parted.named_parameters()), range(3))
-    descend(parted, Optimizer(KINDS[0], parted.named_parameters()), range(3, 6))
-    assert not same(weights(parted), weights(whole))
-
-
-def test_the_state_names_parameter_and_moment_under_the_prefix() -> None:
-    module = network()
-    optimizer = Optimizer(KINDS[0], module.named_parameters())
-    descend(module, optimizer, range(1))
-    names = {f"p/{name}/{key}" for name, _ in module.named_parameters() for key in ("step", "exp_avg", "exp_avg_sq")}
-    assert optimizer.read_state("p/").keys() == names
-
-
-def test_state_that_was_read_does_not_move_with_the_optimizer() -> None:
-    module = network()
-    optimizer = Optimizer(KINDS[0], module.named_parameters())
-    descend(module, optimizer, range(2))
-    state = optimizer.read_state("")
-    kept = copied(state)
-    descend(module, optimizer, range(2, 4))
-    assert same(state, kept)
-    assert not same(optimizer.read_state(""), kept)
-
-
-def test_state_that_was_written_is_not_changed_by_later_steps() -> None:
-    module = network()
-    first = Optimizer(KINDS[0], module.named_parameters())
-    descend(module, first, range(2))
-    state = first.read_state("")
-    kept = copied(state)
-    second = Optimizer(KINDS[0], module.named_parameters())
-    second.write_state("", state)
-    descend(module, second, range(2, 4))
-    assert same(state, kept)
-
-
-def test_state_under_another_prefix_is_left_alone() -> None:
-    module = network()
-    first = Optimizer(KINDS[0], module.named_parameters())
-    descend(module, first, range(2))
-    second = Optimizer(KINDS[0], module.named_parameters())
-    second.write_state("other/", first.read_state("kept/"))
-    assert second.read_state("") == {}
-
-
-def test_an_optimizer_of_nothing_does_nothing() -> None:
-    module = network().requires_grad_(False)
-    before = weights(module)
-    optimizer = Optimizer(OptimizerOptions(max_grad_norm=1.0), module.named_parameters())
-    optimizer.write_state("", {"0.weight/step": np.array(1.0)})
-    optimizer.step()
-    assert optimizer.read_state("") == {}
-    assert same(weights(module), before)
-
-
-@pytest.mark.parametrize("limit", [0.01, 0.1])
-def test_the_gradient_is_clipped_to_its_norm_over_all_parameters(limit: float) -> None:
-    module = network()
-    before = weights(module)
-    optimizer = Optimizer(
-        OptimizerOptions(name="sgd", learning_rate=1.0, max_grad_norm=limit), module.named_parameters()
-    )
-    (module(torch.ones(1, 3)) * 100).sum().backward()
-    optimizer.step()
-    moved = np.concatenate([(before[name] - value).ravel() for name, value in weights(module).items()])
-    assert np.linalg.norm(moved) == pytest.approx(limit, rel=1e-4)
-
-
-def test_a_step_forgets_the_gradient() -> None:
-    module = network()
-    optimizer = Optimizer(SGD, module.named_parameters())
-    module(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    assert [p.grad for p in module.parameters()] == [None] * 4
-
-
-def test_a_gradient_that_a_failed_round_left_behind_is_dropped() -> None:
-    module, clean = network(), network()
-    module(torch.ones(1, 3)).sum().backward()
-    descend(module, Optimizer(SGD, module.named_parameters()), range(1))
-    descend(clean, Optimizer(SGD, clean.named_parameters()), range(1))
-    assert same(weights(module), weights(clean))
-
-
-def test_a_frozen_parameter_stays() -> None:
-    module = network()
-    module[0].weight.requires_grad_(False)
-    before = weights(module)
-    optimizer = Optimizer(OptimizerOptions(weight_decay=0.5), module.named_parameters())
-    descend(module, optimizer, range(2))
-    changed = {name for name, value in weights(module).items() if not np.array_equal(value, before[name])}
-    assert changed == {"0.bias", "2.weight", "2.bias"}
-    assert not any(name.startswith("0.weight") for name in optimizer.read_state(""))
 
 
 def test_supervised_training_lowers_the_loss_and_reports_its_mean(task: Task, data: ClientData) -> None:
@@ -202,7 +80,7 @@ def test_supervised_training_lowers_the_loss_and_reports_its_mean(task: Task, da
     before = task.score(module, data.train)["loss"]
     options = OptimizerOptions(learning_rate=0.01)
     local = LocalTraining(num_epochs=3, batch_size=16)
-    metrics = train_supervised(task, module, Optimizer(options, module.named_parameters()), data.train, local, 0)
+    metrics = train_supervised(task, module, Optimizer(options, module.named_parameters()), data.train, local, of(0))
     after = task.score(module, data.train)["loss"]
     assert metrics.keys() == {"train_loss"}
     assert after < metrics["train_loss"] < before
@@ -214,7 +92,7 @@ def test_a_penalty_moves_the_model_but_is_not_part_of_the_reported_loss(task: Ta
         local = LocalTraining(num_epochs=1, batch_size=len(data.train))
         optimizer = Optimizer(SGD, module.named_parameters())
         added = None if penalty is None else lambda m: penalty * m.classifier.bias.sum()
-        metrics = train_supervised(task, module, optimizer, data.train, local, 0, added)
+        metrics = train_supervised(task, module, optimizer, data.train, local, of(0), added)
         return weights(module), metrics["train_loss"]
 
     (plain, loss), (pushed, loss_of_pushed) = trained(None), trained(3.0)
@@ -222,3 +100,200 @@ def test_a_penalty_moves_the_model_but_is_not_part_of_the_reported_loss(task: Ta
     moved = pushed["classifier.bias"] - plain["classifier.bias"]
     np.testing.assert_allclose(moved, np.full(10, -0.05 * 3.0), rtol=1e-5)
     assert np.array_equal(pushed["classifier.weight"], plain["classifier.weight"])
+
+
+# Several batches for one step
+
+
+def moved_by(local: LocalTraining, num_examples: int, optimizer: OptimizerOptions = SGD) -> dict[str, np.ndarray]:
+    """Weights of a linear model after training on the same examples in the same order."""
+    generator = torch.Generator().manual_seed(3)
+    examples = TensorExamples(
+        {
+            "x": torch.randn(num_examples, 4, generator=generator),
+            "labels": torch.randint(3, (num_examples,), generator=generator),
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Linear(4, 3)
+    train_supervised(LINES, module, Optimizer(optimizer, module.named_parameters()), examples, local, of(5))
+    return weights(module)
+
+
+class Lines:
+    """As much of a task as training needs."""
+
+    def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
+        return Outputs(model(batch["x"]), batch["labels"], class_weights=CLASS_WEIGHTS.get("now"))
+
+
+LINES: Task = Lines()  # type: ignore[assignment]
+CLASS_WEIGHTS: dict[str, Tensor] = {}
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "batch_size", "accumulate"),
+    [(16, 8, 2), (32, 4, 4), (21, 8, 2), (27, 8, 2), (5, 8, 2), (11, 1, 4)],
+    ids=str,
+)
+def test_accumulated_batches_are_one_larger_batch(num_examples: int, batch_size: int, accumulate: int) -> None:
+    parted = moved_by(LocalTraining(num_epochs=2, batch_size=batch_size, accumulate=accumulate), num_examples)
+    whole = moved_by(LocalTraining(num_epochs=2, batch_size=batch_size * accumulate), num_examples)
+    for name, value in whole.items():
+        np.testing.assert_allclose(parted[name], value, atol=1e-6)
+    apart = moved_by(LocalTraining(num_epochs=2, batch_size=batch_size), num_examples)
+    if num_examples > batch_size:
+        assert any(not np.allclose(parted[name], value, atol=1e-6) for name, value in apart.items())
+
+
+@pytest.mark.parametrize(("num_examples", "expected"), [(16, 2), (17, 4), (32, 4), (33, 6), (1, 2)])
+def test_the_steps_of_a_round_are_counted_with_what_is_left_of_an_epoch(num_examples: int, expected: int) -> None:
+    local = LocalTraining(num_epochs=2, batch_size=8, accumulate=2)
+    taken: list[tuple[float, float]] = []
+
+    class Counter(Optimizer):
+        def step(self, before: float = 0.0, after: float = 1.0) -> None:
+            taken.append((before, after))
+
+    counter = Counter(SGD, [])
+    examples = TensorExamples({"id": torch.arange(num_examples)})
+    assignment = Assignment(0.0, 0, begin=0.25, end=0.5)
+    run_epochs(examples, local, assignment, [counter], lambda batch: (nothing(), {}))
+    assert len(taken) == expected == local.num_steps(num_examples)
+    # The steps lie end to end between the beginning and the end of the round.
+    assert taken[0][0] == 0.25
+    assert taken[-1][1] == 0.5
+    assert [after for _, after in taken[:-1]] == [before for before, _ in taken[1:]]
+
+
+def test_batches_beyond_those_that_were_expected_stay_within_the_round() -> None:
+    class Singly(TensorExamples):
+        def batches(self, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
+            return super().batches(1, seed)
+
+    places: list[float] = []
+
+    class Counter(Optimizer):
+        def step(self, before: float = 0.0, after: float = 1.0) -> None:
+            places.append(after)
+
+    run_epochs(
+        Singly({"id": torch.arange(4)}),
+        LocalTraining(num_epochs=1, batch_size=2),
+        Assignment(0.0, 0, begin=0.0, end=0.5),
+        [Counter(SGD, [])],
+        lambda batch: (nothing(), {}),
+    )
+    assert places == [0.25, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(("number", "place"), [(1, (0.0, 0.25)), (4, (0.75, 1.0)), (5, (1.0, 1.0)), (9, (1.0, 1.0))])
+def test_a_round_has_its_place_in_the_run(number: int, place: tuple[float, float]) -> None:
+    assignment = Assignment.of_round(number, 4, progress=0.5, seed=1)
+    assert (assignment.begin, assignment.end) == place
+
+
+# What it runs on
+
+
+def test_the_loss_of_training_counts_each_label_by_the_weight_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    local = LocalTraining(num_epochs=1, batch_size=8)
+    plain = moved_by(local, 8)
+    monkeypatch.setitem(CLASS_WEIGHTS, "now", torch.tensor([2.0, 2.0, 2.0]))
+    alike = moved_by(local, 8)
+    monkeypatch.setitem(CLASS_WEIGHTS, "now", torch.tensor([5.0, 1.0, 1.0]))
+    weighted = moved_by(local, 8)
+    for name, value in plain.items():
+        np.testing.assert_allclose(alike[name], value, atol=1e-6)
+    assert not np.allclose(weighted["weight"], plain["weight"], atol=1e-4)
+
+
+def test_bfloat16_trains_and_leaves_parameters_of_float32(task: Task, data: ClientData) -> None:
+    def trained(precision: str) -> tuple[nn.Module, float]:
+        module = task.build_models(0).student
+        local = LocalTraining.model_validate({"num_epochs": 3, "batch_size": 16, "precision": precision})
+        optimizer = Optimizer(OptimizerOptions(learning_rate=0.01), module.named_parameters())
+        train_supervised(task, module, optimizer, data.train, local, of(0))
+        state = optimizer.read_state("")
+        assert {value.dtype for name, value in state.items() if not name.endswith("/step")} == {np.dtype(np.float32)}
+        return module, task.score(module, data.train)["loss"]
+
+    before = task.score(task.build_models(0).student, data.train)["loss"]
+    (half, loss_of_half), (whole, loss_of_whole) = trained("bfloat16"), trained("float32")
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    assert not same(weights(half), weights(whole))
+    assert loss_of_half < 0.95 * before
+    assert loss_of_half == pytest.approx(loss_of_whole, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_a_forward_pass_returns_is_float32_in_any_precision(precision: str) -> None:
+    little = Little()
+    module, seen = little.build_models(0).student, []
+    module.classifier.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    local = LocalTraining.model_validate({"precision": precision})
+    batch = next(little.test_data().batches(4))
+    out = forward(little, module, batch, local, hidden_states=True, attentions=True)
+    assert seen == [getattr(torch, precision)]
+    assert {t.dtype for t in (out.logits, *(out.hidden_states or ()), *(out.attentions or ()))} == {torch.float32}
+    nothing_asked = forward(little, module, batch, local)
+    assert (nothing_asked.hidden_states, nothing_asked.attentions) == (None, None)
+
+
+def test_a_model_is_compiled_once_before_it_trains_and_keeps_its_names() -> None:
+    local, module = LocalTraining(compile=True), nn.Linear(2, 2).eval()
+    names = list(module.state_dict())
+    calls: list[object] = []
+    compiled = nn.Module.compile
+
+    def counted(self: nn.Module, *args: object, **kwargs: object) -> None:
+        calls.append(self)
+        compiled(self, *args, backend="eager", **kwargs)  # without a C++ compiler
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "compile", counted)
+        local.place(module)
+        assert calls == []
+        local.prepare(module)
+        local.prepare(module)
+    assert len(calls) == 1
+    assert module.training
+    assert list(module.state_dict()) == names
+    expected = module.weight.sum() + module.bias.sum()
+    torch.testing.assert_close(module(torch.ones(1, 2)).sum(), expected)
+
+
+def test_a_gpu_that_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    module = nn.Linear(2, 2)
+    for device in ("auto", "cpu"):
+        LocalTraining.model_validate({"device": device}).place(module)
+        assert module.weight.device.type == "cpu"
+    with pytest.raises(ValueError, match=r"^algorithm\.local\.device: cuda was asked for.*use auto or cpu$"):
+        LocalTraining(device="cuda").place(module)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("auto", ["cuda"]), ("cuda", ["cuda"]), ("cpu", ["cpu"])])
+def test_a_gpu_is_used_where_there_is_one(device: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    module, places = nn.Linear(2, 2), []
+    monkeypatch.setattr(module, "to", lambda place: places.append(place.type))
+    LocalTraining.model_validate({"device": device}).place(module)
+    assert places == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_moments_go_on_on_a_gpu(precision: str) -> None:
+    local = LocalTraining.model_validate({"precision": precision})
+    module = nn.Linear(4, 3)
+    local.place(module)
+    state: dict[str, np.ndarray] = {}
+    for _ in range(2):
+        optimizer = Optimizer(OptimizerOptions(), module.named_parameters())
+        optimizer.write_state("", state)
+        module(torch.ones(2, 4, device="cuda")).sum().backward()
+        optimizer.step()
+        state = optimizer.read_state("")
+    assert state["weight/step"] == 2

@@ -25,7 +25,9 @@ from fedkd_flwr.core.losses import (
     layer_map,
     masked_mse,
     own_loss,
+    task_loss,
 )
+from fedkd_flwr.core.protocols import Outputs
 
 Float64 = NDArray[np.float64]
 CLASSES = [2, 3, 10]
@@ -140,6 +142,42 @@ def test_cross_entropy_gives_ignored_positions_no_gradient() -> None:
     ignored = labels == NO_LABEL
     assert torch.equal(grad_of(logits)[ignored], torch.zeros_like(logits[ignored]))
     assert (grad_of(logits)[~ignored] != 0).all()
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 6)])
+def test_with_class_weights_it_is_torchs_weighted_mean(shape: tuple[int, ...]) -> None:
+    logits, labels = leaf(*shape, 3), some_labels(*shape, classes=3)
+    weights = torch.tensor([0.2, 1.0, 7.0], dtype=torch.float64)
+    ours = cross_entropy(logits, labels, weights)
+    torchs = nn.CrossEntropyLoss(weight=weights)(logits.flatten(0, -2), labels.flatten())
+    torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=0.0)
+    (expected,) = torch.autograd.grad(torchs, logits)
+    ours.backward()
+    torch.testing.assert_close(grad_of(logits), expected, rtol=1e-12, atol=0.0)
+    assert torch.equal(grad_of(logits)[labels == NO_LABEL], torch.zeros_like(logits[labels == NO_LABEL]))
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_equal_class_weights_are_none(weight: float) -> None:
+    logits, labels = normal(4, 6, 3), some_labels(4, 6, classes=3)
+    weighted = cross_entropy(logits, labels, torch.full((3,), weight))
+    torch.testing.assert_close(weighted, cross_entropy(logits, labels), rtol=1e-12, atol=0.0)
+
+
+def test_labels_that_all_weigh_nothing_give_exactly_zero() -> None:
+    logits = leaf(4, 2)
+    value = cross_entropy(logits, torch.tensor([0, 0, NO_LABEL, 0]), torch.tensor([0.0, 1.0]))
+    value.backward()
+    assert value.item() == 0.0
+    assert torch.equal(grad_of(logits), torch.zeros(4, 2, dtype=torch.float64))
+
+
+def test_the_task_loss_takes_the_class_weights_of_the_outputs() -> None:
+    logits, labels, weights = normal(7, 3), some_labels(7, classes=3), torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal(task_loss(Outputs(logits, labels)), cross_entropy(logits, labels))
+    assert torch.equal(
+        task_loss(Outputs(logits, labels, class_weights=weights)), cross_entropy(logits, labels, weights)
+    )
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "distillation"])

@@ -6,7 +6,14 @@ import torch
 from torch import nn
 
 from fedkd_flwr.core.arrays import TensorSpec, apply_update, difference
-from fedkd_flwr.core.modules import exchanged_spec, prefixed, read_arrays, without_prefix, write_arrays
+from fedkd_flwr.core.modules import (
+    exchanged_spec,
+    on_device_of,
+    prefixed,
+    read_arrays,
+    without_prefix,
+    write_arrays,
+)
 
 
 class Tied(nn.Module):
@@ -209,3 +216,58 @@ def test_prefixes_are_taken_off_as_they_were_put_on() -> None:
     taken = without_prefix("teacher/", mixed)
     assert taken.keys() == arrays.keys()
     assert all(taken[name] is arrays[name] for name in arrays)
+
+
+# What is frozen
+
+
+def partly_frozen(seed: int = 0) -> nn.Sequential:
+    module = batchnorm_net(seed)
+    module[0].weight.requires_grad_(False)
+    return module
+
+
+def test_without_frozen_parameters_all_else_is_read() -> None:
+    assert read_arrays(partly_frozen(), frozen=False).keys() == read_arrays(batchnorm_net()).keys() - {"0.weight"}
+    assert read_arrays(partly_frozen()).keys() == read_arrays(batchnorm_net()).keys()
+
+
+def test_without_frozen_parameters_all_else_is_written() -> None:
+    source, target = partly_frozen(seed=1), partly_frozen(seed=2)
+    before = read_arrays(target)
+    write_arrays(target, read_arrays(source, frozen=False), frozen=False)
+    after = read_arrays(target)
+    assert np.array_equal(after["0.weight"], before["0.weight"])
+    for name, value in read_arrays(source, frozen=False).items():
+        assert np.array_equal(after[name], value)
+
+
+def test_a_frozen_parameter_is_not_taken_from_whoever_sends_one() -> None:
+    module = partly_frozen()
+    before = read_arrays(module)
+    write_arrays(module, {**before, "0.weight": before["0.weight"] + 1}, frozen=False)
+    assert np.array_equal(read_arrays(module)["0.weight"], before["0.weight"])
+
+
+@pytest.mark.parametrize(("frozen", "missing"), [(True, "0.weight"), (False, "0.bias"), (False, "1.running_mean")])
+def test_what_is_to_be_written_must_be_there(frozen: bool, missing: str) -> None:
+    module = partly_frozen()
+    arrays = {name: value for name, value in read_arrays(module).items() if name != missing}
+    with pytest.raises(ValueError, match=f"tensor '{missing}' needs shape"):
+        write_arrays(module, arrays, frozen=frozen)
+
+
+# Devices
+
+
+def test_a_batch_that_is_where_the_model_is_stays_as_it_is() -> None:
+    batch = {"pixels": torch.ones(2, 3), "labels": torch.zeros(2)}
+    moved = on_device_of(nn.Linear(3, 1), batch)
+    assert moved.keys() == batch.keys()
+    assert all(moved[name] is batch[name] for name in batch)
+    assert on_device_of(nn.ReLU(), batch) is batch
+
+
+def test_a_batch_goes_to_where_the_model_is() -> None:
+    moved = on_device_of(nn.Linear(3, 1, device="meta"), {"pixels": torch.ones(2, 3), "labels": torch.zeros(2)})
+    assert {tensor.device.type for tensor in moved.values()} == {"meta"}

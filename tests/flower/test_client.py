@@ -8,6 +8,9 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 import client_app
+from fedkd_flwr.algorithms.base import Assignment, Trained
+from fedkd_flwr.core.arrays import Arrays
+from fedkd_flwr.core.protocols import ClientData
 from fedkd_flwr.core.snapshot import pack_snapshot
 from fedkd_flwr.flower.errors import StateError
 from fedkd_flwr.flower.lineage import next_lineage
@@ -135,3 +138,22 @@ def test_a_restarted_client_goes_on_with_its_teacher(built: Runtime, context: Co
     state = ClientStore(tmp_path, TRAINING, "00001").load()
     assert state is not None
     assert int(state.private["num_rounds_trained"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "place"), [(1, (0.0, 1 / 3)), (2, (1 / 3, 2 / 3)), (3, (2 / 3, 1.0)), (5, (1.0, 1.0))]
+)
+def test_a_client_is_told_which_part_of_the_run_a_round_is(
+    number: int, place: tuple[float, float], built: Runtime, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Assignment] = []
+    half = built.algorithm.client
+    train = half.train
+
+    def recorded(shared: Arrays, private: Arrays, data: ClientData, assignment: Assignment) -> Trained:
+        seen.append(assignment)
+        return train(shared, private, data, assignment)
+
+    monkeypatch.setattr(half, "train", recorded)
+    send(first(built, server_round=number), context)
+    assert [(assignment.begin, assignment.end) for assignment in seen] == [place]
