@@ -1,12 +1,13 @@
-"""What tasks share: options, examples in memory, the student that is cut from its teacher, and a score."""
+"""What tasks share: options, those of several teachers, examples in memory, a student's first tensors, and a score."""
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from fedkd_flwr.core.losses import NO_LABEL, cross_entropy
@@ -29,11 +30,64 @@ class TaskOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=Fal
         """
 
 
-class TensorExamples:
-    """Examples held in memory: one tensor for each model input, first axis the examples."""
+class ClientsTeacher(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """Another teacher for some clients. Attributes: `clients`, their partition numbers; `model`, the teacher."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    clients: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    model: Any
+
+
+class ModelsOptions(TaskOptions):
+    """Options of tasks whose models the user chooses; each task says of what kinds they can be.
+
+    Attributes:
+        teacher: the large model.
+        student: the small one.
+        other_teachers: for clients that hold another teacher than the rest.
+        freeze_embeddings: whether the embeddings of every Hugging Face model stay as they are; then they are not
+            exchanged.
+    """
+
+    teacher: Any
+    student: Any
+    other_teachers: tuple[ClientsTeacher, ...] = ()
+    freeze_embeddings: bool = False
+
+    @model_validator(mode="after")
+    def _each_client_has_one_teacher(self) -> Self:
+        named = [client for other in self.other_teachers for client in other.clients]
+        if twice := sorted({client for client in named if named.count(client) > 1}):
+            raise ValueError(f"other_teachers names client {twice[0]} twice; give each client one teacher")
+        return self
+
+    def teacher_of(self, client: int) -> int:
+        """Which teacher a client has; see `ClientData.teacher`."""
+        return next((n for n, other in enumerate(self.other_teachers, 1) if client in other.clients), 0)
+
+    def check_clients(self, num_clients: int) -> None:
+        """Check the clients that `other_teachers` names.
+
+        Raises:
+            ValueError: if there is no such client.
+        """
+        for other in self.other_teachers:
+            if max(other.clients) >= num_clients:
+                raise ValueError(
+                    f"task.other_teachers: clients must be in [0, {num_clients - 1}], got {max(other.clients)}"
+                )
+
+
+class TensorExamples:
+    """Examples held in memory: one tensor for each model input, first axis the examples.
+
+    Args:
+        tensors: by name of the input.
+        join_last: let a last batch of a single example join the one before it, for models that normalise over a batch.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, join_last: bool = False) -> None:
         self._tensors = dict(tensors)
+        self._join_last = join_last
         self._length = len(next(iter(self._tensors.values())))
 
     def __len__(self) -> int:
@@ -45,7 +99,10 @@ class TensorExamples:
         order = torch.arange(self._length)
         if seed is not None:
             order = torch.randperm(self._length, generator=torch.Generator().manual_seed(seed))
-        for indices in torch.split(order, batch_size):
+        parts = list(torch.split(order, batch_size))
+        if self._join_last and len(parts) > 1 and len(parts[-1]) == 1:
+            parts[-2:] = [torch.cat(parts[-2:])]
+        for indices in parts:
             yield {name: tensor[indices] for name, tensor in self._tensors.items()}
 
 

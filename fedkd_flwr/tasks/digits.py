@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Models, Outputs
+from fedkd_flwr.core.modules import on_device_of
+from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import (
     TaskOptions,
@@ -28,7 +29,9 @@ from fedkd_flwr.tasks.partition import (
     DirichletPartition,
     Partition,
     Rows,
+    client_notes,
     hold_out,
+    label_counts,
     partition_indices,
     require_client,
 )
@@ -112,6 +115,11 @@ class Digits:
         """The server's 360 images."""
         return self._examples(self._test_rows)
 
+    def data_report(self) -> DataReport:
+        """Labels of each client's images, those included that it keeps for its own score."""
+        counts = label_counts(self._labels[self._train_rows].numpy(), self._partition, NUM_CLASSES)
+        return DataReport(tuple(map(str, range(NUM_CLASSES))), counts, client_notes(counts))
+
     def build_models(self, seed: int) -> Models:
         """Teacher with random weights from `seed`; the student is cut from it where shapes agree."""
         with torch.random.fork_rng(devices=[]):
@@ -128,6 +136,7 @@ class Digits:
 
     def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
         """Run a Vision Transformer on images of shape [batch, 1, 8, 8]."""
+        batch = on_device_of(model, batch)
         out = model(
             pixel_values=batch["pixel_values"], output_hidden_states=hidden_states, output_attentions=attentions
         )

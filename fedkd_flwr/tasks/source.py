@@ -18,19 +18,31 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MAX_REASON = 300
 
 
+def absolute_if_local(source: str) -> str:
+    """What exists on this machine by its absolute path: the processes of a run start in another directory."""
+    local = os.path.expanduser(source)
+    return os.path.abspath(local) if os.path.exists(local) else source
+
+
+def reason_of(error: BaseException) -> str:
+    """Why loading failed, in one line that is not too long."""
+    cause = error.__cause__ or error
+    return " ".join(f"{type(cause).__name__}: {cause}".split()).removesuffix(".")[:_MAX_REASON]
+
+
 class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """A data set with a split to train on and one to test on. Text instead of a mapping is the path.
+    """A data set with a split to train on and one to test on. Text instead of a mapping is the source.
 
     Attributes:
-        path: a folder, a file, or the id of a data set of the Hugging Face Hub. What exists here is made absolute,
-            because the processes of a run start in another directory; every machine needs it at that place.
+        source: a folder, a file, or the id of a data set of the Hugging Face Hub. What exists here is made absolute;
+            every machine needs it at that place.
         config: one of the data set's configurations, where it has several.
         revision: commit, branch or tag of a data set of the Hub.
         train_split: its training examples, such as "train" or "train[:80%]"; a single file is all "train".
         test_split: the server's test examples. Slices of one split must not overlap; that is not checked.
     """
 
-    path: str = Field(min_length=1)
+    source: str = Field(min_length=1)
     config: str | None = Field(None, min_length=1)
     revision: str | None = Field(None, min_length=1)
     train_split: str = Field("train", min_length=1)
@@ -38,14 +50,13 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
     @model_validator(mode="before")
     @classmethod
-    def _path_alone(cls, value: object) -> object:
-        return {"path": value} if isinstance(value, str) else value
+    def _source_alone(cls, value: object) -> object:
+        return {"source": value} if isinstance(value, str) else value
 
-    @field_validator("path")
+    @field_validator("source")
     @classmethod
-    def _absolute(cls, path: str) -> str:
-        local = os.path.expanduser(path)
-        return os.path.abspath(local) if os.path.exists(local) else path
+    def _absolute(cls, source: str) -> str:
+        return absolute_if_local(source)
 
     @model_validator(mode="after")
     def _splits_differ(self) -> Self:
@@ -59,38 +70,47 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         Raises:
             ValueError: if there is no such data, it can't be read, or a split is empty.
         """
+        tables = self.read(split=[self.train_split, self.test_split])
+        return cast("tuple[Dataset, Dataset]", tuple(tables))
+
+    def read(self, **request: Any) -> Any:
+        """What `datasets.load_dataset` gives for this source.
+
+        Args:
+            **request: further arguments of that function, such as `split` or `data_files`.
+
+        Raises:
+            ValueError: if there is no such data, or it can't be read.
+        """
         # Imported here: it takes seconds, and checking a configuration should not.
         import datasets
 
-        local = os.path.exists(self.path)
-        if not local and not _HUB_ID.fullmatch(self.path):
+        local = os.path.exists(self.source)
+        if not local and not _HUB_ID.fullmatch(self.source):
             raise ValueError(
-                f"task.source: there is no folder or file {self.path!r}; "
-                "set task.source.path to one, or to the id of a data set of the Hugging Face Hub"
+                f"task.data.source: there is no folder or file {self.source!r}; "
+                "set it to one, or to the id of a data set of the Hugging Face Hub"
             )
-        path, data_files = os.path.split(self.path) if os.path.isfile(self.path) else (self.path, None)
-        splits = [self.train_split, self.test_split]
+        path = self.source
+        if os.path.isfile(path):
+            path, request["data_files"] = os.path.split(path)
         datasets.disable_progress_bars()
         logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README need not be a data card
         try:
-            tables = datasets.load_dataset(
-                path, self.config, data_files=data_files, split=splits, revision=self.revision
-            )
+            return datasets.load_dataset(path, self.config, revision=self.revision, **request)
         except Exception as error:  # the library's own, and those of the network, the disk and every file format
-            raise ValueError(f"task.source: {self._failure(error, local=local)}") from error
-        return cast("tuple[Dataset, Dataset]", tuple(tables))
+            raise ValueError(f"task.data.source: {self._failure(error, local=local)}") from error
 
     def _failure(self, error: Exception, *, local: bool) -> str:
-        cause = error.__cause__ or error
-        reason = " ".join(f"{type(cause).__name__}: {cause}".split()).removesuffix(".")[:_MAX_REASON]
+        reason = reason_of(error)
         if local:
             return (
-                f"{self.path!r} can't be loaded ({reason}); "
+                f"{self.source!r} can't be loaded ({reason}); "
                 "it must hold Parquet, CSV, JSON or image files, and have both train_split and test_split"
             )
         return (
-            f"{self.path!r} is no folder or file here, and can't be loaded from the Hugging Face Hub ({reason}); "
-            "check path, config, revision, splits and the connection"
+            f"{self.source!r} is no folder or file here, and can't be loaded from the Hugging Face Hub ({reason}); "
+            "check source, config, revision, splits and the connection"
         )
 
 
@@ -115,3 +135,11 @@ def column_values(table: "Dataset", column: str, key: str) -> list[Any]:
     """All values of a column; see `require_column`."""
     require_column(table, column, key)
     return cast(list[Any], table.select_columns([column])[:][column])
+
+
+def require_text(table: "Dataset", column: str, key: str) -> None:
+    """Check that a split has a column of texts; see `require_column`."""
+    require_column(table, column, key)
+    feature = table.features[column]
+    if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
+        raise ValueError(f"{key}: {column!r} of split {str(table.split)!r} holds no texts but {feature}; name another")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import ViTForImageClassification
 
 from fedkd_flwr.tasks.digits import Digits, DigitsOptions, VitOptions
-from fedkd_flwr.tasks.partition import DirichletPartition, IidPartition
+from fedkd_flwr.tasks.partition import DirichletPartition, IidPartition, PathologicalPartition
 from tests.tasks.conftest import everything, images, state
 
 NUM_IMAGES, NUM_TEST = 1797, 360
@@ -214,3 +214,21 @@ def test_an_exported_model_loads_with_from_pretrained_and_gives_the_same_logits(
     with torch.inference_mode():
         torch.testing.assert_close(loaded(pixels).logits, model(pixels).logits, rtol=0, atol=1e-5)
     assert loaded.config.id2label == {label: str(label) for label in range(10)}
+
+
+def test_the_report_counts_the_labels_of_every_clients_images() -> None:
+    task = digits(partition=DirichletPartition(alpha=0.1, min_examples=2), num_clients=8)
+    report = task.data_report()
+    assert report.label_names == tuple("0123456789")
+    for client, counts in enumerate(report.label_counts):
+        data = task.client_data(client)
+        labels = [int(x) for part in (data.train, data.test) for b in part.batches(64) for x in b["labels"]]
+        assert [labels.count(label) for label in range(10)] == list(counts)
+
+
+def test_the_report_notes_clients_of_one_class() -> None:
+    report = digits(partition=PathologicalPartition(classes_per_client=1), num_clients=10).data_report()
+    assert report.notes == (
+        "clients 0, 1, 2, 3, 4 and 5 more have training examples of one class only (10 of 10 clients)",
+    )
+    assert digits(partition=IidPartition()).data_report().notes == ()

@@ -1,15 +1,10 @@
-import io
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset
-from datasets import Image as ImageFeature
-from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
@@ -17,88 +12,43 @@ import client_app
 from fedkd_flwr.experiment import parse
 from fedkd_flwr.flower.in_process import run_in_process
 from fedkd_flwr.measure.summary import read_summary
-from fedkd_flwr.tasks.image_classification import (
-    Cnn,
-    CnnOptions,
-    ImageClassification,
-    ImageClassificationOptions,
-    load_cnn,
-)
+from fedkd_flwr.tasks.cnn import Cnn, CnnOptions, load_cnn
 from tests.conftest import ROOT
 from tests.tasks.conftest import everything, images, state
+from tests.tasks.image_data import (
+    NATURAL,
+    NUM_CLASSES,
+    NUM_CLIENTS,
+    NUM_TEST,
+    NUM_TRAIN,
+    SMALL,
+    build,
+    columns,
+    options,
+    refusal,
+    rows,
+    write,
+    write_both,
+)
 
 pytestmark = pytest.mark.usefixtures("offline")
 
-SIDE, NUM_CLASSES, NUM_CLIENTS = 8, 3, 4
-NUM_TRAIN, NUM_TEST = 48, 12
 MNIST = ROOT.parent / "shared" / "data" / "mnist"
-SMALL = {"num_channels": [2], "kernel_size": 3, "hidden_size": 4}
-NATURAL = {"name": "natural", "column": "site"}
-
-
-def png(pixels: np.ndarray[Any, Any]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def rows(num: int, first: int = 0, side: int = SIDE) -> dict[str, list[Any]]:
-    """Distinct grey images; labels and sites take turns."""
-    images = [np.random.default_rng(first + i).integers(0, 256, (side, side), np.uint8) for i in range(num)]
-    return {
-        "image": [{"bytes": png(image), "path": None} for image in images],
-        "label": [i % NUM_CLASSES for i in range(num)],
-        "site": [f"site{i // NUM_CLASSES % NUM_CLIENTS}" for i in range(num)],
-    }
-
-
-def write(folder: Path, split: str, data: dict[str, list[Any]], *, named: bool = True) -> None:
-    table = Dataset.from_dict(data)
-    if isinstance(data["image"][0], dict):
-        table = table.cast_column("image", ImageFeature())
-    if named:
-        table = table.cast_column("label", ClassLabel(names=["red", "green", "blue"]))
-    folder.mkdir(exist_ok=True)
-    table.to_parquet(folder / f"{split}.parquet")
 
 
 @pytest.fixture(scope="session")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    write(folder, "train", rows(NUM_TRAIN))
-    write(folder, "test", rows(NUM_TEST, first=NUM_TRAIN))
-    return folder
+    return write_both(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Data that a test may spoil."""
-    write(tmp_path / "data", "train", rows(NUM_TRAIN))
-    write(tmp_path / "data", "test", rows(NUM_TEST, first=NUM_TRAIN))
-    return tmp_path / "data"
-
-
-def options(folder: Path, **changes: object) -> ImageClassificationOptions:
-    chosen = {"source": str(folder), "channels": 1, "teacher": SMALL, "student": SMALL, **changes}
-    return ImageClassificationOptions.model_validate(chosen)
-
-
-def build(folder: Path, num_clients: int = NUM_CLIENTS, seed: int = 0, **changes: object) -> ImageClassification:
-    return options(folder, **changes).build(num_clients, seed)
+    return write_both(tmp_path / "data")
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
     return state(a).keys() == state(b).keys() and all(torch.equal(state(a)[name], state(b)[name]) for name in state(a))
-
-
-def refusal(folder: Path, num_clients: int = NUM_CLIENTS, **changes: object) -> str:
-    """Why this can't be built, or why a client of it can't be had."""
-    with pytest.raises(ValueError) as caught:
-        task = build(folder, num_clients, **changes)
-        for client in range(num_clients):
-            task.client_data(client)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("partition", [{"name": "iid"}, {"name": "dirichlet", "min_examples": 4}, NATURAL], ids=str)
@@ -157,93 +107,12 @@ def test_the_seed_decides_which_examples_of_a_class_those_are(stored: Path) -> N
     assert first == again != other
 
 
-def test_pixels_are_standardised_and_keep_their_labels(stored: Path) -> None:
-    batch = everything(build(stored).test_data())
-    source = rows(NUM_TEST, first=NUM_TRAIN)
-    for row, (pixels, label) in enumerate(zip(batch["pixel_values"], batch["labels"], strict=True)):
-        raw = np.array(Image.open(io.BytesIO(source["image"][row]["bytes"])), np.float32)
-        np.testing.assert_allclose(pixels[0], raw / 127.5 - 1, atol=1e-6)
-        assert label == source["label"][row]
-
-
-def test_every_channel_has_its_own_constants(tmp_path: Path) -> None:
-    colour = np.full((SIDE, SIDE, 3), (255, 51, 0), np.uint8)
-    data = {"image": [{"bytes": png(colour), "path": None}] * 6, "label": [0, 1, 2] * 2}
-    for split in ("train", "test"):
-        write(tmp_path, split, data)
-    task = build(tmp_path, 1, channels=3, pixel_mean=[0.5, 0.1, 0.0], pixel_std=[0.5, 0.1, 0.2])
-    pixels = everything(task.test_data())["pixel_values"]
-    assert pixels.shape == (6, 3, SIDE, SIDE)
-    torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor([1.0, 1.0, 0.0]))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_images_of_any_mode_are_converted(channels: int, tmp_path: Path) -> None:
-    grey = np.full((SIDE, SIDE), 200, np.uint8)
-    modes = [Image.fromarray(grey).convert(mode) for mode in ("L", "RGB", "RGBA", "P", "LA", "CMYK")]
-    encoded = []
-    for image in modes:
-        buffer = io.BytesIO()
-        image.save(buffer, "TIFF")
-        encoded.append({"bytes": buffer.getvalue(), "path": None})
-    for split in ("train", "test"):
-        write(tmp_path, split, {"image": encoded, "label": [0, 1, 2] * 2})
-    pixels = everything(build(tmp_path, 1, channels=channels).test_data())["pixel_values"]
-    torch.testing.assert_close(pixels, torch.full((6, channels, SIDE, SIDE), 200 / 127.5 - 1), atol=0.02, rtol=0)
-
-
-def test_images_of_different_sizes_are_resized(folder: Path) -> None:
-    write(folder, "test", rows(NUM_TEST, side=11))
-    task = build(folder, image_size=6)
-    assert everything(task.test_data())["pixel_values"].shape == (NUM_TEST, 1, 6, 6)
-    assert task.example_batch()["pixel_values"].shape == (1, 1, 6, 6)
-
-
-def test_images_need_not_be_square(tmp_path: Path) -> None:
-    wide = {"image": [{"bytes": png(np.zeros((6, 10), np.uint8)), "path": None}] * 6, "label": [0, 1, 2] * 2}
-    for split in ("train", "test"):
-        write(tmp_path, split, wide)
-    task = build(tmp_path, 1)
-    batch = next(iter(task.test_data().batches(2)))
-    assert batch["pixel_values"].shape == (2, 1, 6, 10)
-    assert task.forward(task.build_models(0).teacher, batch, hidden_states=False, attentions=False).logits.shape[0] == 2
-
-
-def test_a_folder_of_images_in_folders_of_classes_is_read(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        for label in ("cat", "dog"):
-            (tmp_path / split / label).mkdir(parents=True)
-            for i in range(4):
-                pixels = np.full((SIDE, SIDE), 200 if label == "dog" else i, np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / label / f"{i}.png")
-    batch = everything(build(tmp_path, 2).test_data())
-    assert torch.equal(batch["pixel_values"].mean(dim=(1, 2, 3)) > 0, batch["labels"] == 1)
-
-
 def test_classes_without_names_are_counted(folder: Path) -> None:
     for split in ("train", "test"):
         write(folder, split, rows(NUM_TRAIN), named=False)
     task = build(folder)
     out = task.forward(task.build_models(0).student, task.example_batch(), hidden_states=False, attentions=False)
     assert out.logits.shape == (1, NUM_CLASSES)
-
-
-def test_a_client_decodes_its_own_rows_only_and_once(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = build(stored, partition=NATURAL)
-    decoded: list[object] = []
-    decode = ImageFeature.decode_example
-    for part in (task._train, task._test):
-        monkeypatch.setattr(part, "_decode", lambda value: (decoded.append(value), decode(ImageFeature(), value))[1])
-    first = task.client_data(2)
-    assert len(decoded) == len(first.train) + len(first.test) == (NUM_TRAIN + NUM_TEST) / NUM_CLIENTS
-    assert task.client_data(2) is first
-    assert len(decoded) == len(first.train) + len(first.test)
-
-
-def test_images_are_kept_as_bytes(stored: Path) -> None:
-    examples: Any = build(stored).test_data()
-    assert examples.num_bytes == NUM_TEST * (SIDE * SIDE + 8)  # and eight for the label
-    assert everything(examples)["pixel_values"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("partition_id", [-1, NUM_CLIENTS])
@@ -313,6 +182,7 @@ def test_a_model_that_always_answers_one_class_scores_that_classs_share(stored: 
         model.classifier.weight.zero_()
         model.classifier.bias.copy_(torch.eye(NUM_CLASSES)[1] * 100)
     score = task.score(model, task.test_data())
+    assert list(score) == ["accuracy", "macro_f1", "loss"]
     assert score["accuracy"] == pytest.approx(1 / NUM_CLASSES)
     assert score["loss"] == pytest.approx(100 * (1 - 1 / NUM_CLASSES), rel=1e-5)
 
@@ -344,6 +214,11 @@ def test_an_exported_model_is_read_back_with_all_that_is_needed_to_use_it(stored
         {"teacher": {"num_channels": []}},
         {"student": {"num_channels": [0]}},
         {"student": {"kernel_size": 0}},
+        {"student": {"name": "layers", "num_layers": 1}},
+        {"freeze_embeddings": True},
+        {"class_weights": "heavy"},
+        {"label_names": ["one"]},
+        {"other_teachers": [{"clients": [0], "model": SMALL}, {"clients": [1, 0], "model": SMALL}]},
         {"colour": True},
     ],
     ids=str,
@@ -356,18 +231,21 @@ def test_options_out_of_range_are_refused(wrong: dict[str, object], stored: Path
 @pytest.mark.parametrize(
     ("wrong", "start"),
     [
-        ({"image_column": "x"}, "task.image_column: split 'train' has no column 'x'; columns: image, label, site"),
-        ({"label_column": "x"}, "task.label_column: split 'train' has no column 'x'; columns: image, label, site"),
-        ({"image_column": "label"}, "task.image_column: 'label' holds no images but ClassLabel("),
-        ({"image_column": "site"}, "task.image_column: the image of row 0 of split 'train' can't be read ("),
-        ({"label_column": "site"}, "task.label_column: 'site' of split 'train' must hold a whole number in every row"),
-        ({"label_column": "image"}, "task.label_column: 'image' of split 'train' must hold a whole number in every"),
         ({"partition": NATURAL | {"column": "x"}}, "task.partition.column: split 'train' has no column 'x'; columns: "),
         ({"num_clients": 3, "partition": NATURAL}, "num_clients: must be 4, the number of distinct values of column "),
         ({"num_clients": 25}, "num_clients: 25 clients need at least 50 training examples, the data has 48"),
+        ({"class_weights": [1, 2]}, "task.class_weights must be 3 numbers, one for each class, got 2"),
         (
             {"student": {**SMALL, "kernel_size": 8}},
             "task.student: 1 convolutions with kernel_size 8 leave nothing of images of 8x8 pixels; lower kernel_size",
+        ),
+        (
+            {"other_teachers": [{"clients": [4], "model": SMALL}]},
+            "task.other_teachers: clients must be in [0, 3], got 4",
+        ),
+        (
+            {"other_teachers": [{"clients": [3], "model": {**SMALL, "kernel_size": 8}}]},
+            "task.other_teachers.0.model: 1 convolutions with kernel_size 8 leave nothing of images of 8x8 pixels",
         ),
     ],
     ids=str,
@@ -379,14 +257,41 @@ def test_options_that_do_not_fit_the_data_are_refused_with_the_key(
 
 
 @pytest.mark.parametrize(
+    ("names", "start"),
+    [
+        ({"image": "x"}, "task.data.columns.image: split 'train' has no column 'x'; columns: image, label, site"),
+        ({"image": "label"}, "task.data.columns.image: 'label' holds no images but ClassLabel("),
+        ({"image": "site"}, "task.data: no row of split 'train' can be used: 48 have an image that can't be read ("),
+        ({"label": "x"}, "task.data.columns.label: split 'train' has no column 'x'; columns: image, label, site"),
+        ({"label": "image"}, "task.data.columns.label: 'image' is the column of the images; name another"),
+    ],
+    ids=str,
+)
+def test_columns_that_do_not_fit_are_refused_with_the_key(names: dict[str, str], start: str, stored: Path) -> None:
+    assert refusal(stored, data=columns(stored, **names)).startswith(start)
+
+
+def test_labels_may_be_texts(stored: Path) -> None:
+    assert build(stored, data=columns(stored, label="site")).data_report().label_names == tuple(
+        f"site{i}" for i in range(NUM_CLIENTS)
+    )
+
+
+def test_classes_may_be_named(folder: Path) -> None:
+    for split in ("train", "test"):
+        write(folder, split, rows(NUM_TRAIN), named=False)
+    names = ["low", "middle", "high", "none of these"]
+    assert build(folder, label_names=names).data_report().label_names == tuple(names)
+
+
+@pytest.mark.parametrize(
     ("split", "labels", "start"),
     [
-        ("train", [0, -1, 2], "task.label_column: 'label' of split 'train' has the label -1, labels start at 0"),
-        ("test", [-1, -1, -1], "task.label_column: 'label' of split 'test' has the label -1, labels start at 0"),
-        ("test", [0, 1, 3], "task.label_column: 'label' has the label 3, the training split's classes are 0 to 2"),
-        ("train", [0, None, 2], "task.label_column: 'label' of split 'train' must hold a whole number in every row"),
-        ("train", [0, 0, 0], "task.label_column: 'label' has one class only"),
-        ("train", [0.0, 1.0, 2.0], "task.label_column: 'label' of split 'train' must hold a whole number in every row"),
+        ("train", [0, -1, 2], "task.data.columns.label: 'label' has -1 in row 1 of split 'train'"),
+        ("test", [-1, -1, -1], "task.data.columns.label: 'label' has -1 in row 0 of split 'test'"),
+        ("test", [0, 1, 3], "task.data.columns.label: 'label' has 3 in row 2 of split 'test'; labels must be 0 to 2"),
+        ("train", [0, 0, 0], "task.data.columns.label: 'label' has one class only"),
+        ("train", [0.5, 1.0, 2.0], "task.data.columns.label: 'label' must hold whole numbers from 0, or texts"),
     ],
     ids=str,
 )
@@ -398,26 +303,25 @@ def test_labels_that_are_no_classes_are_refused(split: str, labels: list[Any], s
         assert refusal(folder).startswith(start)
     else:
         (folder / "test.parquet").unlink()  # splits of one data set must agree in their types
-        slices = {"path": str(folder), "train_split": "train[:12]", "test_split": "train[12:]"}
-        assert refusal(folder, source=slices).startswith("task.label_column: 'label' of split 'train[:12]' must hold")
+        slices = {"source": str(folder), "train_split": "train[:12]", "test_split": "train[12:]"}
+        assert refusal(folder, data=slices).startswith(start)
 
 
-def test_images_of_different_sizes_are_refused_with_the_row_and_the_remedy(folder: Path) -> None:
-    data = rows(NUM_TRAIN)
-    data["image"][7] = rows(1, side=9)["image"][0]
-    write(folder, "train", data)
-    assert refusal(folder) == (
-        "task.image_size: images differ in size: row 7 of split 'train' is 9x9 pixels, the first training image 8x8; "
-        "set image_size to resize them"
-    )
+@pytest.mark.parametrize(
+    ("weights", "expected"), [("balanced", [2 / 3, 1, 2]), ([1, 2, 0.5], [1, 2, 0.5]), (None, None)]
+)
+def test_class_weights_are_part_of_the_outputs(weights: Any, expected: list[float] | None, folder: Path) -> None:
+    write(folder, "train", rows(NUM_TRAIN) | {"label": [0, 0, 0, 1, 1, 2] * (NUM_TRAIN // 6)})
+    task = build(folder, class_weights=weights)
+    model = task.build_models(0).teacher
+    found = task.forward(model, task.example_batch(), hidden_states=False, attentions=False).class_weights
+    assert (found if found is None else found.tolist()) == (expected and pytest.approx(expected))
 
 
-@pytest.mark.parametrize("damaged", [b"no image", png(np.zeros((8, 8), np.uint8))[:-30]], ids=["text", "cut"])
-def test_an_image_that_can_not_be_read_is_refused_with_its_row(damaged: bytes, folder: Path) -> None:
-    data = rows(NUM_TRAIN)
-    data["image"][5] = {"bytes": damaged, "path": None}
-    write(folder, "train", data)
-    assert refusal(folder).startswith("task.image_column: the image of row 5 of split 'train' can't be read (")
+def test_some_clients_may_have_another_teacher(stored: Path) -> None:
+    task = build(stored, other_teachers=[{"clients": [1, 3], "model": {**SMALL, "hidden_size": 9}}])
+    assert [task.client_data(client).teacher for client in range(NUM_CLIENTS)] == [0, 1, 0, 1]
+    assert state(task.build_models(0).other_teachers[0])["hidden.weight"].shape[0] == 9
 
 
 def test_a_natural_client_with_a_single_row_must_have_test_rows(folder: Path) -> None:

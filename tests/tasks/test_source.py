@@ -52,7 +52,7 @@ def message(source: DataSource) -> str:
 def test_a_folder_of_any_table_format_gives_both_splits(suffix: str, write: Any, tmp_path: Path) -> None:
     write(tmp_path / f"train.{suffix}", TRAIN)
     write(tmp_path / f"test.{suffix}", TEST)
-    train, test = DataSource(path=str(tmp_path)).load()
+    train, test = DataSource(source=str(tmp_path)).load()
     assert train[:] == TRAIN
     assert test[:] == TEST
 
@@ -62,58 +62,58 @@ def test_a_folder_of_images_gives_images_and_the_folders_as_labels(tmp_path: Pat
         for label in ("cat", "dog"):
             (tmp_path / split / label).mkdir(parents=True)
             Image.new("RGB", (4, 4)).save(tmp_path / split / label / "0.png")
-    train, test = DataSource(path=str(tmp_path)).load()
+    train, test = DataSource(source=str(tmp_path)).load()
     assert train.column_names == test.column_names == ["image", "label"]
     assert train.features["label"].names == ["cat", "dog"]
 
 
 def test_a_single_file_is_divided_by_slices(folder: Path) -> None:
-    source = DataSource(path=str(folder / "train.parquet"), train_split="train[:75%]", test_split="train[75%:]")
+    source = DataSource(source=str(folder / "train.parquet"), train_split="train[:75%]", test_split="train[75%:]")
     train, test = source.load()
-    assert column_values(train, "text", "task.text_column") == ["a", "b", "c"]
-    assert column_values(test, "text", "task.text_column") == ["d"]
+    assert column_values(train, "text", "task.data.columns.text") == ["a", "b", "c"]
+    assert column_values(test, "text", "task.data.columns.text") == ["d"]
 
 
 def test_splits_may_have_other_names(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", TRAIN)
     write_parquet(tmp_path / "validation.parquet", TEST)
-    assert len(DataSource(path=str(tmp_path), test_split="validation").load()[1]) == 2
+    assert len(DataSource(source=str(tmp_path), test_split="validation").load()[1]) == 2
 
 
 def test_files_that_changed_are_read_again(folder: Path) -> None:
-    assert len(DataSource(path=str(folder)).load()[0]) == 4
+    assert len(DataSource(source=str(folder)).load()[0]) == 4
     write_parquet(folder / "train.parquet", TEST)
-    assert len(DataSource(path=str(folder)).load()[0]) == 2
+    assert len(DataSource(source=str(folder)).load()[0]) == 2
 
 
-def test_text_is_short_for_the_path() -> None:
-    assert DataSource.model_validate("some/name") == DataSource(path="some/name")
+def test_text_is_short_for_the_source() -> None:
+    assert DataSource.model_validate("some/name") == DataSource(source="some/name")
 
 
 def test_a_folder_that_exists_is_made_absolute_and_a_name_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    assert DataSource(path="data").path == str(folder)
-    assert DataSource(path="data/train.parquet").path == str(folder / "train.parquet")
-    assert DataSource(path="ylecun/mnist").path == "ylecun/mnist"
-    written = DataSource(path="data")
+    assert DataSource(source="data").source == str(folder)
+    assert DataSource(source="data/train.parquet").source == str(folder / "train.parquet")
+    assert DataSource(source="ylecun/mnist").source == "ylecun/mnist"
+    written = DataSource(source="data")
     monkeypatch.chdir(folder)
     assert DataSource.model_validate(written.model_dump()) == written
 
 
 def test_a_folder_below_the_home_directory_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert DataSource(path="~/data").path == str(folder)
+    assert DataSource(source="~/data").source == str(folder)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"path": ""},
+        {"source": ""},
         {},
-        {"path": "a", "split": "train"},
-        {"path": "a", "config": ""},
+        {"source": "a", "split": "train"},
+        {"source": "a", "config": ""},
         3,
-        {"path": "a", "test_split": "train"},
+        {"source": "a", "test_split": "train"},
     ],
 )
 def test_options_that_make_no_sense_are_refused(wrong: object) -> None:
@@ -123,18 +123,18 @@ def test_options_that_make_no_sense_are_refused(wrong: object) -> None:
 
 @pytest.mark.parametrize("path", ["./nothing", "/no/such/folder", "a/b/c", "~/nothing/here"])
 def test_a_folder_that_is_missing_is_an_error_without_asking_the_hub(path: str) -> None:
-    assert message(DataSource(path=path)) == (
-        f"task.source: there is no folder or file {path!r}; "
-        "set task.source.path to one, or to the id of a data set of the Hugging Face Hub"
+    assert message(DataSource(source=path)) == (
+        f"task.data.source: there is no folder or file {path!r}; "
+        "set it to one, or to the id of a data set of the Hugging Face Hub"
     )
 
 
 def test_a_hub_that_can_not_be_reached_is_an_error_with_the_remedy() -> None:
-    text = message(DataSource(path="nobody/nothing"))
+    text = message(DataSource(source="nobody/nothing"))
     assert text.startswith(
-        "task.source: 'nobody/nothing' is no folder or file here, and can't be loaded from the Hugging Face Hub ("
+        "task.data.source: 'nobody/nothing' is no folder or file here, and can't be loaded from the Hugging Face Hub ("
     )
-    assert text.endswith("); check path, config, revision, splits and the connection")
+    assert text.endswith("); check source, config, revision, splits and the connection")
 
 
 def test_the_hub_is_asked_for_the_revision_configuration_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,17 +145,17 @@ def test_the_hub_is_asked_for_the_revision_configuration_and_splits(monkeypatch:
         return [Dataset.from_dict(TRAIN), Dataset.from_dict(TEST)]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    train, _ = DataSource(path="a/b", config="c", revision="d", train_split="e", test_split="f").load()
+    train, _ = DataSource(source="a/b", config="c", revision="d", train_split="e", test_split="f").load()
     assert train[:] == TRAIN
-    assert asked == [("a/b", "c", {"data_files": None, "split": ["e", "f"], "revision": "d"})]
+    assert asked == [("a/b", "c", {"split": ["e", "f"], "revision": "d"})]
 
 
 @pytest.mark.parametrize(("option", "value"), [("train_split", "learn"), ("test_split", "dev"), ("config", "other")])
 def test_a_split_or_configuration_that_is_not_there_is_an_error_with_those_that_are(
     option: str, value: str, folder: Path
 ) -> None:
-    text = message(DataSource.model_validate({"path": str(folder), option: value}))
-    assert text.startswith(f"task.source: {str(folder)!r} can't be loaded (")
+    text = message(DataSource.model_validate({"source": str(folder), option: value}))
+    assert text.startswith(f"task.data.source: {str(folder)!r} can't be loaded (")
     assert value in text
     assert "['default']" in text if option == "config" else "['train', 'test']" in text
 
@@ -164,17 +164,17 @@ def test_a_folder_without_data_and_a_damaged_file_are_errors(tmp_path: Path, fol
     (tmp_path / "empty").mkdir()
     (folder / "train.parquet").write_bytes(b"no parquet")
     for path in (tmp_path / "empty", folder):
-        assert message(DataSource(path=str(path))).startswith(f"task.source: {str(path)!r} can't be loaded (")
+        assert message(DataSource(source=str(path))).startswith(f"task.data.source: {str(path)!r} can't be loaded (")
 
 
 def test_a_split_without_examples_is_an_error(folder: Path) -> None:
     Dataset.from_dict(TEST).select([]).to_parquet(folder / "test.parquet")
-    assert '"test" corresponds to no data' in message(DataSource(path=str(folder)))
+    assert '"test" corresponds to no data' in message(DataSource(source=str(folder)))
 
 
 def test_a_column_that_is_missing_is_an_error_with_the_option_and_the_columns(folder: Path) -> None:
-    train, _ = DataSource(path=str(folder)).load()
-    require_column(train, "text", "task.text_column")
+    train, _ = DataSource(source=str(folder)).load()
+    require_column(train, "text", "task.data.columns.text")
     with pytest.raises(ValueError) as caught:
-        column_values(train, "body", "task.text_column")
-    assert str(caught.value) == "task.text_column: split 'train' has no column 'body'; columns: text, label"
+        column_values(train, "body", "task.data.columns.text")
+    assert str(caught.value) == "task.data.columns.text: split 'train' has no column 'body'; columns: text, label"

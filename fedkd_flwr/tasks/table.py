@@ -1,0 +1,238 @@
+"""A table with two splits, divided among clients: its classes, the rows that can be used, and who has which."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from torch import Tensor, float32, tensor
+
+from fedkd_flwr.core.protocols import DataReport
+from fedkd_flwr.core.seeds import derive_seed
+from fedkd_flwr.tasks.partition import (
+    NaturalPartition,
+    Rows,
+    TablePartition,
+    client_notes,
+    hold_out,
+    hold_out_groups,
+    label_counts,
+    natural_indices,
+    partition_indices,
+    require_client,
+)
+from fedkd_flwr.tasks.source import column_values
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MISSING = -1  # in the place of a label that a row does not have
+
+ClassWeights = Literal["balanced"] | tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """The classes of a table, and the class of each row of both splits, `MISSING` where a row has none."""
+
+    names: tuple[str, ...]
+    train: Rows
+    test: Rows
+
+
+def read_labels(train: "Dataset", test: "Dataset", column: str, names: Sequence[str] | None) -> Labels:
+    """The label of each row, from a column of whole numbers, of texts, or of the library's ClassLabel.
+
+    Args:
+        train: the training split.
+        test: the test split.
+        column: holds the labels.
+        names: of the classes, in order; None takes those that the table names, or that the training split has.
+
+    Raises:
+        ValueError: if the column is something else, or a label is none of the classes.
+    """
+    of_train, of_test = (
+        [_whole(value) for value in column_values(table, column, "task.data.columns.label")] for table in (train, test)
+    )
+    classes = tuple(names) if names is not None else _classes(train.features[column], of_train, column)
+    if len(classes) < 2:
+        raise ValueError(f"task.data.columns.label: {column!r} has one class only; name another column")
+    if twice := [name for name in classes if classes.count(name) > 1]:
+        raise ValueError(f"task.label_names: names {twice[0]!r} twice; give each class a name of its own")
+    of_both = ((of_train, train), (of_test, test))
+    return Labels(classes, *(_indices(values, classes, column, str(table.split)) for values, table in of_both))
+
+
+def _whole(value: Any) -> Any:
+    """A label as it was before a table with empty cells made floating-point numbers of whole ones."""
+    if not isinstance(value, float):
+        return value
+    return None if isnan(value) else int(value) if value.is_integer() else value
+
+
+def _classes(feature: Any, values: Sequence[Any], column: str) -> tuple[str, ...]:
+    if (named := getattr(feature, "names", None)) is not None:
+        return tuple(named)
+    present = [value for value in values if value is not None]
+    if present and all(isinstance(value, str) for value in present):
+        return tuple(sorted(set(present)))
+    if not present or not all(isinstance(value, int) for value in present):
+        raise ValueError(
+            f"task.data.columns.label: {column!r} must hold whole numbers from 0, or texts, its type is {feature}; "
+            "name another column"
+        )
+    return tuple(str(label) for label in range(int(max(present)) + 1))
+
+
+def _indices(values: Sequence[Any], classes: tuple[str, ...], column: str, split: str) -> Rows:
+    numbers: dict[Any, int] = {name: label for label, name in enumerate(classes)}
+    indices = np.empty(len(values), np.int64)
+    for row, value in enumerate(values):
+        label = MISSING if value is None else numbers.get(value, value) if isinstance(value, str) else value
+        if value is not None and not (isinstance(label, int) and 0 <= label < len(classes)):
+            known = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
+            raise ValueError(
+                f"task.data.columns.label: {column!r} has {value!r} in row {row} of split {split!r}; "
+                f"labels must be 0 to {len(classes) - 1} or one of {known}; "
+                "set task.label_names, or name another column or split"
+            )
+        indices[row] = label
+    return indices
+
+
+def class_weights(chosen: ClassWeights, labels: Rows, num_classes: int) -> Tensor | None:
+    """How much each class counts in the task loss: [classes], or None where all count alike.
+
+    "balanced" is num_labels / (num_classes * count of the class) over the training split, so that every class has the
+    same weight in all; a class without examples counts 1.
+
+    Raises:
+        ValueError: if there are not as many weights as classes.
+    """
+    if chosen is None:
+        return None
+    if chosen == "balanced":
+        counts = np.bincount(labels[labels >= 0], minlength=num_classes)
+        balanced = counts.sum() / (num_classes * np.maximum(counts, 1))
+        return tensor(np.where(counts > 0, balanced, 1.0), dtype=float32)
+    if len(chosen) != num_classes:
+        raise ValueError(f"task.class_weights must be {num_classes} numbers, one for each class, got {len(chosen)}")
+    return tensor(chosen, dtype=float32)
+
+
+def left_out(split: str, reasons: Mapping[str, Rows], num_rows: int) -> tuple[Rows, tuple[str, ...]]:
+    """Rows of a split that can be used, and a note on those that can't.
+
+    Args:
+        split: its name.
+        reasons: why rows can't be used, each with a mask of [rows]; a row counts under its first reason.
+        num_rows: of the split.
+
+    Raises:
+        ValueError: if no row is left.
+    """
+    unusable = np.zeros(num_rows, bool)
+    counted = []
+    for reason, mask in reasons.items():
+        new = mask & ~unusable
+        if new.any():
+            counted.append(f"{int(new.sum())} {reason} (the first is row {int(np.flatnonzero(new)[0])})")
+        unusable |= mask
+    if unusable.all():
+        raise ValueError(f"task.data: no row of split {split!r} can be used: {', '.join(counted) or 'it is empty'}")
+    kept = np.flatnonzero(~unusable)
+    note = f"split {split!r}: {int(unusable.sum())} of {num_rows} rows are left out: {', '.join(counted)}"
+    return kept, (note,) if counted else ()
+
+
+class ClientRows:
+    """Which rows each client learns from and which it scores on.
+
+    Args:
+        tables: training and test split.
+        usable: rows of each that can be used.
+        labels: of the training split's rows, for partitions by label.
+        partition: how to divide.
+        num_clients: among how many.
+        seed: of the experiment.
+        test_fraction: share of its training rows that a client scores on, unless a natural partition gives it rows of
+            the test split.
+
+    Attributes:
+        train: rows of the training split that each client has, before some are held out.
+
+    Raises:
+        ValueError: if the rows can't be divided so.
+    """
+
+    def __init__(
+        self,
+        tables: "tuple[Dataset, Dataset]",
+        usable: tuple[Rows, Rows],
+        labels: Rows,
+        partition: TablePartition,
+        num_clients: int,
+        seed: int,
+        test_fraction: float,
+    ) -> None:
+        self._seed = seed
+        self._fraction = test_fraction
+        self._groups: list[Any] | None = None
+        train, test = usable
+        drawn = derive_seed(seed, "partition")
+        if isinstance(partition, NaturalPartition):
+            column = partition.column
+            values = [
+                column_values(table, column, "task.partition.column") if column in table.column_names else None
+                for table in tables
+            ]
+            of_train = values[0] or column_values(tables[0], column, "task.partition.column")
+            of_test = values[1] or []
+            mine = [of_train[row] for row in train]
+            theirs = [of_test[row] for row in test] if of_test else []
+            rows, test_rows = natural_indices(mine, theirs, partition, num_clients, drawn)
+            self._groups = of_train if partition.grouped else None
+        else:
+            rows = partition_indices(labels[train].tolist(), partition, num_clients, drawn)
+            test_rows = [[] for _ in rows]
+        self.train = [train[np.array(of_client, np.int64)] for of_client in rows]
+        self._test = [test[np.array(of_client, np.int64)] for of_client in test_rows]
+        for client in range(num_clients):
+            if len(self.train[client]) < 2 and not len(self._test[client]):
+                raise ValueError(
+                    f"task.partition: client {client} has one training example and none in the test split, "
+                    "which leaves it nothing to score on; use another partition or remove the row"
+                )
+
+    def __len__(self) -> int:
+        """Number of clients."""
+        return len(self.train)
+
+    def of(self, client: int) -> tuple[Rows, Rows]:
+        """Rows of the training split that a client learns from, and rows that it scores on.
+
+        The second are of the training split too, unless `scores_on_test`.
+
+        Raises:
+            ValueError: if there is no such client.
+        """
+        require_client(client, len(self))
+        if self.scores_on_test(client):
+            return self.train[client], self._test[client]
+        seed = derive_seed(self._seed, "client split", client)
+        if self._groups is not None:
+            groups = [self._groups[row] for row in self.train[client]]
+        if self._groups is not None and len(set(groups)) > 1:  # of a single document, some rows are held out
+            return hold_out_groups(self.train[client], groups, self._fraction, seed)
+        return hold_out(self.train[client], self._fraction, seed)
+
+    def scores_on_test(self, client: int) -> bool:
+        """Whether a client's own test rows are of the test split."""
+        return bool(len(self._test[client]))
+
+    def report(self, labels: Labels, notes: Sequence[str]) -> DataReport:
+        """How the labels of the training split lie among the clients; see `DataReport`."""
+        counts = label_counts(labels.train, [rows.tolist() for rows in self.train], len(labels.names))
+        return DataReport(labels.names, counts, (*notes, *client_notes(counts)))

@@ -1,0 +1,140 @@
+"""Texts, or pairs of texts, with one label each: any data set of the Hub or local files, any Hugging Face model."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from torch import nn
+
+from fedkd_flwr.core.protocols import DataReport, Examples
+from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition
+from fedkd_flwr.tasks.scores import classification_scores
+from fedkd_flwr.tasks.source import DataSource, column_values, require_text
+from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, read_labels
+from fedkd_flwr.tasks.text import TextTask, TextTaskOptions, TokenExamples, by_length, inputs_of, read_sequences
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class TextColumns(BaseModel, extra="forbid", frozen=True):
+    """What the columns are called: the text, a second text where examples are pairs, and the label."""
+
+    text: str = Field("text", min_length=1)
+    text_pair: str | None = Field(None, min_length=1)
+    label: str = Field("label", min_length=1)
+
+
+class TextData(DataSource):
+    """A table of texts and labels. Attributes: `columns`, their names; the rest as for every source."""
+
+    columns: TextColumns = TextColumns()
+
+
+class TextClassificationOptions(TextTaskOptions):
+    """Options of text classification; those of the models and the tokenizer are in `TextTaskOptions`.
+
+    Attributes:
+        data: the texts.
+        label_names: the classes in order; null takes those that the data names, or the texts or numbers it has.
+        positive_label: the class whose F1, precision and recall are scored; the first metric is its F1 then, else
+            accuracy.
+        class_weights: how much a label of each class counts in the task loss: "balanced" by the training split's
+            counts, one number for each class, or null for all alike.
+        partition: how the training split is divided.
+        client_test_fraction: share of its training rows that a client keeps for its own score, in (0, 1), unless a
+            natural partition gives it rows of the test split.
+    """
+
+    name: Literal["text_classification"] = "text_classification"
+    data: TextData
+    label_names: tuple[str, ...] | None = Field(None, min_length=2)
+    positive_label: str | int | None = None
+    class_weights: ClassWeights = None
+    partition: TablePartition = IidPartition()
+    client_test_fraction: float = Field(0.2, gt=0, lt=1)
+
+    def build(self, num_clients: int, seed: int) -> "TextClassification":
+        """The task, its training split divided among `num_clients`."""
+        self.check_clients(num_clients)
+        return TextClassification(self, num_clients, seed)
+
+
+class TextClassification(TextTask):
+    """The text classification task; see the module's text."""
+
+    def __init__(self, options: TextClassificationOptions, num_clients: int, seed: int) -> None:
+        self._columns = columns = options.data.columns
+        tables = dict(zip(("train", "test"), options.data.load(), strict=True))
+        labels = read_labels(tables["train"], tables["test"], columns.label, options.label_names)
+        self._labels = {"train": labels.train, "test": labels.test}
+        self._positive = _positive(options.positive_label, labels.names)
+        usable, notes = _usable(tables, self._labels, columns)
+        rows = ClientRows(
+            (tables["train"], tables["test"]),
+            (usable["train"], usable["test"]),
+            labels.train,
+            options.partition,
+            num_clients,
+            seed,
+            options.client_test_fraction,
+        )
+        self._report = rows.report(labels, notes)
+        weights = class_weights(options.class_weights, labels.train, len(labels.names))
+        super().__init__(
+            options, "AutoModelForSequenceClassification", tables, usable["test"], rows, labels.names, weights
+        )
+
+    def data_report(self) -> DataReport:
+        """Labels of each client, and what was left out."""
+        return self._report
+
+    def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+        """Accuracy and macro-F1, those of the positive class where one is named, in [0, 1]; loss in nats."""
+        return classification_scores(self, model, examples, self._positive)
+
+    def _pieces(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        names = (self._columns.text, self._columns.text_pair)
+        texts = [[text or "" for text in rows[name]] for name in names if name]
+        out = self._tokenizer(*texts, truncation=True, max_length=self._options.max_length)
+        return {name: out[name] for name in inputs_of(self._tokenizer)}
+
+    def _examples(self, split: str, rows: Rows) -> TokenExamples:
+        table = self._tables[split]
+        rows = by_length(table, rows)
+        sequences = read_sequences(table, rows, inputs_of(self._tokenizer))
+        return TokenExamples(sequences, self._padding, torch.from_numpy(self._labels[split][rows]))
+
+
+def _usable(
+    tables: "Mapping[str, Dataset]", labels: Mapping[str, Rows], columns: TextColumns
+) -> tuple[dict[str, Rows], tuple[str, ...]]:
+    usable: dict[str, Rows] = {}
+    notes: tuple[str, ...] = ()
+    for name, table in tables.items():
+        require_text(table, columns.text, "task.data.columns.text")
+        texts = column_values(table, columns.text, "task.data.columns.text")
+        reasons = {
+            "have an empty text": np.array([not (text and text.strip()) for text in texts], bool),
+            "have no label": labels[name] < 0,
+        }
+        if columns.text_pair:
+            require_text(table, columns.text_pair, "task.data.columns.text_pair")
+            pairs = column_values(table, columns.text_pair, "task.data.columns.text_pair")
+            reasons["have an empty second text"] = np.array([not (text and text.strip()) for text in pairs], bool)
+        usable[name], noted = left_out(str(table.split), reasons, len(table))
+        notes = (*notes, *noted)
+    return usable, notes
+
+
+def _positive(chosen: str | int | None, names: tuple[str, ...]) -> int | None:
+    if chosen is None:
+        return None
+    label = names.index(chosen) if chosen in names else chosen
+    if not isinstance(label, int) or not 0 <= label < len(names):
+        raise ValueError(
+            f"task.positive_label: must be one of {', '.join(names)}, or 0 to {len(names) - 1}, got {chosen!r}"
+        )
+    return label

@@ -1,0 +1,379 @@
+"""Hugging Face models as teacher and student: loaded, built from a configuration, or cut from the teacher.
+
+Any architecture that the library can put a classification head on will do. Nothing of a model is run but the library's
+own code, and weights are read from safetensors only, never from a pickle.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from fedkd_flwr.core.modules import on_device_of
+from fedkd_flwr.core.protocols import Batch, Models, Outputs
+from fedkd_flwr.core.seeds import derive_seed
+from fedkd_flwr.tasks.base import ClientsTeacher, ModelsOptions, copy_shared_tensors, save_pretrained
+from fedkd_flwr.tasks.source import absolute_if_local, reason_of
+
+Load = Callable[[Any, str], nn.Module]
+
+# Of a checkpoint's own numbers: a head and a pooler may be missing, a whole encoder may not.
+_MAX_MISSING_SHARE = 0.5
+_DERIVED = {"out_features", "out_indices", "stage_names"}  # of a configuration, from the number of its stages
+
+
+class TransformerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """A Hugging Face model: pretrained by `source`, or with random weights by `config` alone.
+
+    Attributes:
+        source: id of a model of the Hugging Face Hub, or a folder with config.json and model.safetensors.
+        revision: commit, branch or tag of a model of the Hub; pin it, or version 0 may differ between machines.
+        config: without `source`, `model_type` and whatever its configuration class takes; with it, what to change.
+    """
+
+    name: Literal["transformers"] = "transformers"
+    source: str | None = Field(None, min_length=1)
+    revision: str | None = Field(None, min_length=1)
+    config: dict[str, Any] | None = None
+
+    @field_validator("source")
+    @classmethod
+    def _absolute(cls, source: str | None) -> str | None:
+        return source and absolute_if_local(source)
+
+    @model_validator(mode="after")
+    def _source_or_config(self) -> Self:
+        if self.source is None and (self.config is None or "model_type" not in self.config):
+            raise ValueError(
+                "needs source (a hub id or a folder), or config with model_type and the sizes of a model with "
+                "random weights"
+            )
+        if self.source is not None and self.config is not None and "model_type" in self.config:
+            raise ValueError("config.model_type can't be changed: source says what it is; leave one of the two away")
+        return self
+
+
+class LayersOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """A student cut from its teacher: some of its layers, its embeddings and its head.
+
+    Attributes:
+        num_layers: how many, at most the teacher's.
+        pick: "first" takes the first ones, as FedKD's authors do; "spread" every k-th, the last one included.
+    """
+
+    name: Literal["layers"] = "layers"
+    num_layers: int = Field(2, ge=1)
+    pick: Literal["first", "spread"] = "first"
+
+
+StudentOptions = Annotated[LayersOptions | TransformerOptions, Field(discriminator="name")]
+
+
+class OtherTeacher(ClientsTeacher):
+    """Another Hugging Face model for some clients."""
+
+    model: TransformerOptions
+
+
+class TransformerTaskOptions(ModelsOptions):
+    """Options of tasks whose models are all Hugging Face models.
+
+    Attributes:
+        teacher: the large model.
+        student: the small one: cut from the teacher, or a model of its own, of any width or family.
+        other_teachers: for clients that hold another teacher than the rest.
+    """
+
+    teacher: TransformerOptions
+    student: StudentOptions = LayersOptions()
+    other_teachers: tuple[OtherTeacher, ...] = ()
+
+
+class Transformers:
+    """Builds and runs the models of one task.
+
+    Args:
+        options: the models.
+        head: the library's class for the task, such as "AutoModelForSequenceClassification".
+        label_names: of the classes.
+        settings: further values of every configuration, where it has them (such as `pad_token_id`).
+        class_weights: [classes], see `Outputs`; None counts every class alike.
+    """
+
+    def __init__(
+        self,
+        options: ModelsOptions,
+        head: str,
+        label_names: tuple[str, ...],
+        settings: Mapping[str, Any] | None = None,
+        class_weights: Tensor | None = None,
+    ) -> None:
+        self._options = options
+        self._head = head
+        self._label_names = label_names
+        self._settings = dict(settings or {})
+        self._class_weights = class_weights
+
+    def build(self, seed: int, load: Load | None = None) -> Models:
+        """Version 0 of every model. What has no pretrained weights is drawn from `seed`.
+
+        Args:
+            seed: any integer.
+            load: makes a model of its options, in a task that has models of other kinds too; None is `self.load`.
+
+        Raises:
+            ValueError: naming the key of a model that can't be loaded, built or cut.
+        """
+        options, load = self._options, load or self.load
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            teacher = load(options.teacher, "task.teacher")
+            if isinstance(options.student, LayersOptions):
+                student = cut_student(teacher, options.student)
+            else:
+                student = load(options.student, "task.student")
+                if getattr(options.student, "source", None) is None:
+                    copy_shared_tensors(teacher, student)
+            torch.manual_seed(derive_seed(seed, "other teachers"))
+            others = tuple(
+                load(other.model, f"task.other_teachers.{n}.model") for n, other in enumerate(options.other_teachers)
+            )
+        if options.freeze_embeddings:
+            for model in (teacher, student, *others):
+                if hasattr(model, "base_model"):  # of the library's
+                    freeze_embeddings(model)
+        return Models(teacher, student, others)
+
+    def load(self, options: TransformerOptions, key: str) -> nn.Module:
+        """One model; `key` names its options in errors. See `load_transformer`."""
+        if options.source is None and self._options.freeze_embeddings:
+            raise ValueError(
+                f"task.freeze_embeddings: {key} has random embeddings, which would never learn; "
+                "give it a source, or set freeze_embeddings to false"
+            )
+        names = self._label_names
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+        if not names:
+            labels = {}  # an encoder alone: empty ones would leave its config without the library's own
+        return load_transformer(options, self._head, labels, self._settings, key)
+
+    def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
+        """Run a model on a batch; "labels" stays outside."""
+        inputs = on_device_of(model, batch)
+        labels = inputs["labels"]
+        if attentions:
+            show_attentions(model)
+        out = model(
+            **{name: value for name, value in inputs.items() if name in accepted_inputs(model)},
+            output_hidden_states=hidden_states,
+            **({"output_attentions": True} if attentions and returns_attentions(model) else {}),
+        )
+        weights = None if self._class_weights is None else self._class_weights.to(out.logits.device)
+        return Outputs(
+            out.logits,
+            labels,
+            as_tokens(out.hidden_states) if hidden_states else None,
+            tuple(out.attentions) if attentions and getattr(out, "attentions", None) else None,
+            inputs.get("attention_mask"),
+            weights,
+        )
+
+
+def load_transformer(
+    options: TransformerOptions, head: str, labels: Mapping[str, Any], settings: Mapping[str, Any], key: str
+) -> nn.Module:
+    """One Hugging Face model in float32.
+
+    Args:
+        options: which.
+        head: the library's class, such as "AutoModelForTokenClassification".
+        labels: id2label and label2id of the configuration; empty for a model without classes.
+        settings: values of its configuration that the task decides; those it does not know are left out.
+        key: of the options in the experiment, for errors.
+
+    Raises:
+        ValueError: if it can't be loaded or built.
+    """
+    # Imported here: it takes seconds, and checking a configuration should not.
+    import transformers
+
+    kind = getattr(transformers, head)
+    changes = {k: v for k, v in (options.config or {}).items() if k != "model_type"}
+    with _quiet():
+        try:
+            if options.source is None:
+                assert options.config is not None
+                config = transformers.AutoConfig.for_model(options.config["model_type"])
+            else:
+                config = transformers.AutoConfig.from_pretrained(options.source, revision=options.revision)
+        except Exception as error:  # the library's own, and those of the network and the disk
+            raise ValueError(_failure(options, key, error)) from error
+        if unknown := sorted(k for k in changes if not hasattr(config, k)):
+            raise ValueError(
+                f"{key}.config: a model of type {config.model_type!r} has no option {unknown[0]!r}; see the library's "
+                f"{type(config).__name__}"
+            )
+        known = {k: v for k, v in settings.items() if hasattr(config, k)}
+        made_for = {k: getattr(config, k) for k in known}
+        # Numbers that follow from others are left to the library: of defaults they would contradict what is changed.
+        given = {} if options.source is None else {k: v for k, v in config.to_dict().items() if k not in _DERIVED}
+        # None there makes the library fail where a family has several classes for one task.
+        given["architectures"] = config.architectures or []
+        try:
+            config = type(config).from_dict({**given, **changes, **known, **labels})
+            if options.source is None:
+                model = kind.from_config(config, dtype=torch.float32)
+                missing: set[str] = set()
+                reshaped: dict[str, tuple[Any, Any]] = {}
+            else:
+                model, info = kind.from_pretrained(
+                    options.source,
+                    revision=options.revision,
+                    config=config,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+                missing = set(info["missing_keys"])
+                reshaped = {name: (list(there), list(here)) for name, there, here in info["mismatched_keys"]}
+        except Exception as error:
+            raise ValueError(_failure(options, key, error)) from error
+    # A head of other classes is replaced; an encoder with parts of another shape would be worth little.
+    if wrong := sorted(name for name in reshaped if name.startswith(f"{model.base_model_prefix}.")):
+        there, here = reshaped[wrong[0]]
+        differing = [f"{k} is {made_for[k]} there, {v} here" for k, v in known.items() if made_for[k] != v]
+        raise ValueError(
+            f"{key}.source: {options.source!r} has weights of other shapes, {wrong[0]} is {there} and must be {here}"
+            f"{' (' + '; '.join(differing) + ')' if differing else ''}; change the task's sizes or {key}.config"
+        )
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if sum(size for name, size in sizes.items() if name in missing) > _MAX_MISSING_SHARE * sum(sizes.values()):
+        raise ValueError(
+            f"{key}.source: {options.source!r} holds no weights for most of a {type(model).__name__}; "
+            "give the folder or id of a pretrained model of that kind, or config for random weights"
+        )
+    # Fewer layers than a checkpoint has are a choice; more would be random ones on top of those that learned.
+    begins = f"{model.base_model_prefix}."
+    if added := [n for n in sizes if n in missing and n.startswith(begins) and any(map(str.isdigit, n.split(".")))]:
+        raise ValueError(
+            f"{key}.config: {options.source!r} has no weights for {added[0]!r}; ask for no more layers than it has"
+        )
+    found: nn.Module = model
+    return found
+
+
+def cut_student(teacher: nn.Module, options: LayersOptions) -> nn.Module:
+    """A student of some of the teacher's layers, with its embeddings and its head.
+
+    Raises:
+        ValueError: if the teacher has fewer layers, or none that can be told apart.
+    """
+    config = copy.deepcopy(teacher.config)
+    depth = getattr(config, "num_hidden_layers", None)
+    stacks = [n for n, m in teacher.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if depth is None or not stacks:
+        raise ValueError(
+            f"task.student: a {type(teacher).__name__} has no plain stack of layers to cut from; "
+            "give the student a source or a config of its own"
+        )
+    if options.num_layers > depth:
+        raise ValueError(f"task.student.num_layers must be at most the teacher's {depth}, got {options.num_layers}")
+    num = options.num_layers
+    picked = [layer if options.pick == "first" else (layer + 1) * depth // num - 1 for layer in range(num)]
+    assert not isinstance(config, Tensor | nn.Module)
+    config.num_hidden_layers = num
+    if isinstance(types := getattr(config, "layer_types", None), list):
+        config.layer_types = [types[layer] for layer in picked]
+    with _quiet():
+        student: nn.Module = type(teacher)(config)
+    values, start = teacher.state_dict(), stacks[0] + "."
+    wanted = {}
+    for name in student.state_dict():
+        source = name
+        if name.startswith(start):
+            layer, rest = name[len(start) :].split(".", 1)
+            source = f"{start}{picked[int(layer)]}.{rest}"
+        wanted[name] = values[source]
+    student.load_state_dict(wanted)
+    return student
+
+
+def freeze_embeddings(model: nn.Module) -> None:
+    """Keep what a model's embedding layer holds, positions and norm included, as it is."""
+    base = getattr(model, "base_model", model)
+    # Encoders gather theirs in one module; of a decoder there is the table of tokens.
+    embeddings = getattr(base, "embeddings", getattr(base, "embedder", None))
+    if not isinstance(embeddings, nn.Module):
+        try:
+            embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        except NotImplementedError:
+            raise ValueError(
+                f"task.freeze_embeddings: a {type(model).__name__} has no embeddings; set freeze_embeddings to false"
+            ) from None
+    embeddings.requires_grad_(False)
+
+
+def show_attentions(model: nn.Module) -> None:
+    """Switch to the implementation of attention that returns its maps; faster ones return none."""
+    if getattr(model.config, "_attn_implementation", "eager") != "eager" and returns_attentions(model):
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+
+
+def returns_attentions(model: nn.Module) -> bool:
+    """Whether a model has attention maps at all: a convolutional network has none."""
+    return hasattr(model.config, "num_attention_heads")
+
+
+def accepted_inputs(model: nn.Module) -> frozenset[str]:
+    """Names that a model's forward pass takes, apart from its labels, which tasks keep to themselves."""
+    return frozenset(inspect.signature(model.forward).parameters) - {"labels"}
+
+
+def as_tokens(states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+    """Hidden states as [batch, tokens, width]: the maps of a convolutional network have a token for each pixel."""
+    if not states:
+        return None
+    return tuple(state.flatten(2).transpose(1, 2) if state.ndim == 4 else state for state in states)
+
+
+def save_transformer(model: nn.Module, directory: Path, tokenizer: Any = None) -> None:
+    """Write a directory that `from_pretrained` and `pipeline` load."""
+    save_pretrained(model, directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def _failure(options: TransformerOptions, key: str, error: Exception) -> str:
+    reason = reason_of(error)
+    if options.source is None:
+        return f"{key}.config: no model can be built ({reason}); see the library's documentation of its model_type"
+    if Path(options.source).exists():
+        return (
+            f"{key}.source: {options.source!r} can't be loaded ({reason}); "
+            "it must hold config.json and model.safetensors of a model that suits the task"
+        )
+    return (
+        f"{key}.source: {options.source!r} is no folder here, and can't be loaded from the Hugging Face Hub "
+        f"({reason}); check source, revision, the connection, and that its weights are kept as safetensors"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars, and without the library's report of the head that a checkpoint does not have."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
