@@ -1,11 +1,13 @@
 # make run    trains FedKD and FedAvg and compares them; the first call installs into .venv
-# make test   the default test suite
-# make check  style, types and the default test suite
+# make test   the default test suite, in WORKERS=2 processes
+# make check  style, types and the default test suite, in as many
+# make slow   the tests that start Flower's own processes, one after another
 # make faults everything that can go wrong, one by one, and what must hold afterwards
 # make bench  where the time of a run goes
 
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 
 .PHONY: run test slow check faults bench install
 
@@ -13,7 +15,7 @@ run: install
 	$(BIN)/fedkd compare conf/digits_fedkd.yaml conf/digits_fedavg.yaml
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
 
 slow: install
 	$(BIN)/python -m pytest -m slow
@@ -22,7 +24,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
 
 faults: install
 	$(BIN)/python -m pytest -q -m "not slow" tests/integration/faults

@@ -42,7 +42,8 @@ from fedkd_flwr.core.low_rank import matrix_shape, smallest_rank
 from fedkd_flwr.core.modules import exchanged_spec, read_arrays
 from fedkd_flwr.core.protocols import Batch
 from fedkd_flwr.tasks.base import TensorExamples
-from fedkd_flwr.tasks.image_classification import CnnOptions, ImageClassificationOptions
+from fedkd_flwr.tasks.cnn import CnnOptions
+from fedkd_flwr.tasks.image_classification import ImageClassificationOptions, ImageData
 from fedkd_flwr.tasks.source import DataSource
 
 VOCABULARY, TOKENS, TEXT_BATCH, IMAGE_BATCH = 30_522, 32, 16, 10
@@ -121,7 +122,7 @@ def texts(data: Path | None, tokenizer: Path | None) -> TensorExamples:
     if data is not None and tokenizer is not None:
         from transformers import AutoTokenizer
 
-        train, _ = DataSource(path=str(data / "ade_corpus")).load()
+        train, _ = DataSource(source=str(data / "ade_corpus")).load()
         read = AutoTokenizer.from_pretrained(tokenizer)
         tokens = read(list(train["text"]), max_length=TOKENS, truncation=True, padding="max_length")["input_ids"]
         return TensorExamples({"tokens": torch.tensor(tokens), "labels": torch.tensor(list(train["label"])).long()})
@@ -137,7 +138,7 @@ def texts(data: Path | None, tokenizer: Path | None) -> TensorExamples:
 def images(data: Path | None) -> Iterator[Batch]:
     """Batches of MNIST, or of scikit-learn's 8x8 digits enlarged."""
     if data is not None:
-        options = ImageClassificationOptions(source=DataSource(path=str(data / "mnist")), channels=1)
+        options = ImageClassificationOptions(data=ImageData(source=str(data / "mnist")), channels=1)
         yield from options.build(20, 0).client_data(0).train.batches(IMAGE_BATCH, 0)
         return
     pixels, labels = load_digits(return_X_y=True)

@@ -10,42 +10,13 @@ of the last three rounds on the server's test set; bytes are every serialised me
 import argparse
 import json
 import logging
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
-import client_app
-from fedkd_flwr.experiment import load
-from fedkd_flwr.flower.in_process import run_in_process
-from fedkd_flwr.measure.ledger import LEDGER_FILE, read_rows
-from fedkd_flwr.measure.metrics import last_mean
-
-CONF = Path(__file__).resolve().parent.parent / "conf"
-LAST_ROUNDS = 3
-# Half-width of a 95 % interval is this times the standard error: Student's t for N - 1 degrees of freedom.
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-
-
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """One point of the picture.
-
-    Attributes:
-        label: in table and legend.
-        conf: file in conf/.
-        overrides: over what the file says.
-        family: points of one family share a colour.
-    """
-
-    label: str
-    conf: str
-    overrides: tuple[str, ...] = ()
-    family: str = ""
+from runs import Condition, carry_out, interval
 
 
 def codec(text: str) -> str:
@@ -100,64 +71,15 @@ MNIST20 = (
 TASKS = {"digits": DIGITS, "mnist20": MNIST20}
 
 
-def measure(condition: Condition, seed: int, overrides: list[str]) -> dict[str, Any]:
-    """One run: scores by round, bytes of a client by round and in all, seconds."""
-    experiment = load(CONF / condition.conf, [*condition.overrides, f"seed={seed}", *overrides])
-    with tempfile.TemporaryDirectory() as directory:
-        run_dir = run_in_process(experiment, client_app.app, Path(directory) / "run")
-        rows = list(read_rows(run_dir / LEDGER_FILE))
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    rounds = [row for row in rows if row["kind"] == "round"]
-    scores = [row["metrics"]["shared_global"]["accuracy"] for row in rounds]
-    num_clients = experiment.num_clients
-    moved = [row["wire_bytes"] for row in rounds]
-    return {
-        "label": condition.label,
-        "seed": seed,
-        "overrides": [*condition.overrides, *overrides],
-        "accuracy": last_mean(scores, LAST_ROUNDS),
-        "scores": scores,
-        "bytes": [sum(moved[: i + 1]) / num_clients for i in range(len(moved))],
-        "per_client_bytes": summary["bytes"]["per_client"],
-        "fewer": summary["bytes"]["reduction_vs_dense_teacher"],
-        "seconds": summary["seconds"],
-    }
-
-
-def is_done(path: Path, condition: Condition, overrides: list[str]) -> bool:
-    """Whether a run of the same overrides is written down."""
-    if not path.exists():
-        return False
-    done: list[str] = json.loads(path.read_text(encoding="utf-8"))["overrides"]
-    if done != [*condition.overrides, *overrides]:
-        raise SystemExit(f"{path} was run with {done}; remove it, or give another --output")
-    return True
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file at once: other processes read the folder."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def interval(values: list[float]) -> str:
-    """Mean and half-width of its 95 % interval."""
-    if len(values) < 2:
-        return f"{mean(values):.4f}"
-    half = STUDENT_T[min(len(values), max(STUDENT_T))] * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):.4f} +- {half:.4f}"
-
-
 def print_table(results: list[dict[str, Any]], dense_label: str) -> None:
     """One line for each condition; differences to FedAvg are paired by seed."""
     dense = {row["seed"]: row for row in results if row["label"] == dense_label}
     print(f"{'':<48}{'seeds':>6}{'accuracy':>18}{'spread':>8}{'MB':>9}{'fewer bytes':>13}{'minus FedAvg':>20}")
     for label in dict.fromkeys(row["label"] for row in results):
         rows = [row for row in results if row["label"] == label]
-        scores = [row["accuracy"] for row in rows]
+        scores = [row["score"] for row in rows]
         paired = [row for row in rows if row["seed"] in dense]
-        gaps = [row["accuracy"] - dense[row["seed"]]["accuracy"] for row in paired]
+        gaps = [row["score"] - dense[row["seed"]]["accuracy"] for row in paired]
         moved = mean(row["per_client_bytes"] for row in rows)
         # Against what FedAvg of the teacher moved in its own run, whatever the number of rounds here.
         shares = [row["per_client_bytes"] / dense[row["seed"]]["per_client_bytes"] for row in paired]
@@ -178,7 +100,7 @@ def draw(results: list[dict[str, Any]], conditions: tuple[Condition, ...], path:
     measured = [c for c in conditions if any(row["label"] == c.label for row in results)]
     for number, condition in enumerate(measured, 1):
         rows = [row for row in results if row["label"] == condition.label]
-        scores = [row["accuracy"] for row in rows]
+        scores = [row["score"] for row in rows]
         moved = mean(row["per_client_bytes"] for row in rows) / 1e6
         index = families.index(condition.family)
         ours = "transform_coding" in condition.label or "ef21" in condition.label
@@ -216,18 +138,9 @@ def main() -> None:
     logging.getLogger("fedkd").setLevel(logging.ERROR)
     conditions = TASKS[options.task]
     wanted = [c for c in conditions if not options.run or c.label in options.run]
-    done_dir: Path = options.output / f"frontier_{options.task}_runs"
-    done_dir.mkdir(parents=True, exist_ok=True)
-    for seed in range(options.first_seed, options.first_seed + options.seeds):
-        for condition in wanted:
-            name = "".join(c if c.isalnum() else "_" for c in condition.label)
-            path = done_dir / f"{name}_{seed}.json"
-            if not is_done(path, condition, options.set):
-                found = measure(condition, seed, options.set)
-                write_whole(path, json.dumps(found))
-                print(f"{condition.label} seed {seed}: {found['accuracy']:.4f}, {found['fewer']:.2%} fewer", flush=True)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    results = carry_out(wanted, seeds, options.set, options.output / f"frontier_{options.task}_runs")
     order = {condition.label: index for index, condition in enumerate(conditions)}
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(done_dir.glob("*.json"))]
     results.sort(key=lambda row: (order.get(row["label"], len(order)), row["seed"]))
     print_table(results, conditions[0].label)
     target = options.output / f"frontier_{options.task}"

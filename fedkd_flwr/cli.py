@@ -22,13 +22,15 @@ from fedkd_flwr.flower.launcher import launch
 from fedkd_flwr.flower.server import CONFIG_FILE, check_resumable
 from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
 from fedkd_flwr.measure.ledger import LEDGER_FILE
-from fedkd_flwr.report import read_run, write_report
+from fedkd_flwr.report import read_run, write_model_card, write_report
+from fedkd_flwr.report.partition import draw_partition
 from fedkd_flwr.report.progress import RunProgress
 from fedkd_flwr.report.table import screen_table
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+PARTITION_FILE = "partition.png"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,7 +52,7 @@ Output = Annotated[Path | None, typer.Option("--output-dir", help="for results, 
 def run(conf: Config, overrides: Overrides = None, in_process: InProcess = False, output_dir: Output = None) -> None:
     """Run one experiment in simulation and print what came out."""
     experiment = load(conf, overrides or ())
-    _show([_run(experiment, output_dir, in_process)], None)
+    _show([_run(experiment, output_dir, in_process, set())], None)
 
 
 @app.command()
@@ -110,7 +112,8 @@ def compare(
     experiments = [load(conf, overrides or ()) for conf in confs]
     for experiment in experiments:
         _root(experiment, output_dir)
-    directories = [_run(experiment, output_dir, in_process) for experiment in experiments]
+    noted: set[str] = set()
+    directories = [_run(experiment, output_dir, in_process, noted) for experiment in experiments]
     _show(directories, _root(experiments[0], output_dir) / "comparison" / _run_name())
 
 
@@ -130,17 +133,24 @@ def report(
 
 
 @app.command()
-def check(conf: Config, overrides: Overrides = None) -> None:
-    """Validate an experiment and predict its bytes, from first updates of a few clients, without running it."""
+def check(conf: Config, overrides: Overrides = None, output_dir: Output = None) -> None:
+    """Validate an experiment, draw its data and predict its bytes, from first updates of a few clients."""
+    # Imported here: it takes seconds, and other commands should not.
     from fedkd_flwr.flower.forecast import forecast
+    from fedkd_flwr.flower.runtime import runtime_of
 
     experiment = load(conf, overrides or ())
-    _root(experiment, None)
+    figure = _root(experiment, output_dir) / experiment.name / PARTITION_FILE
     try:
         expected = forecast(experiment)
     except ValueError as error:
         raise ConfigError(f"a client's first round failed: {error}") from error
+    data = runtime_of(experiment).task.data_report()
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    draw_partition(data, figure)
     out.print(f"{conf}: valid; {expected.describe()}", highlight=False, soft_wrap=True)
+    for line in (*(f"note: {note}" for note in data.notes), f"partition: {figure}"):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -168,10 +178,16 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _run(experiment: Experiment, output_dir: Path | None, in_process: bool) -> Path:
+def _run(experiment: Experiment, output_dir: Path | None, in_process: bool, noted: set[str]) -> Path:
+    """Run and give the run directory; what is to be noted of the data is said unless it is in `noted` already."""
     run_dir = _root(experiment, output_dir) / experiment.name / _run_name()
     # Built here first, so that data or models that don't fit are found before anything is started or written.
-    experiment.build_algorithm(experiment.build_task())
+    task = experiment.build_task()
+    experiment.build_algorithm(task)
+    for note in task.data_report().notes:
+        if note not in noted:
+            err.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+            noted.add(note)
     _execute(experiment, run_dir, in_process)
     return run_dir
 
@@ -187,6 +203,7 @@ def _execute(
 
             run_in_process(experiment, client_app.app, run_dir, progress.update, resume=resume, force=force)
             write_report([run_dir])
+            write_model_card(run_dir)
         else:
             launch(experiment, _app_dir(), run_dir, progress.update, resume=resume, force=force)
 

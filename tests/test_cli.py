@@ -51,7 +51,10 @@ def conf(tmp_path: Path) -> str:
         ("output_dir=/dev/null/x", "output_dir: must be a directory that can be written, got '/dev/null/x'"),
         ("output_dir=~nobody-here/x", "output_dir: must be a directory that can be written, got '~nobody-here/x'"),
         ("name=2024-13-45", "override name: '2024-13-45' is not a YAML value"),
-        ("task.partition={alpha: 0.5}", "task.partition.name: must be one of 'iid', 'dirichlet', got None"),
+        (
+            "task.partition={alpha: 0.5}",
+            "task.partition.name: must be one of 'iid', 'dirichlet', 'pathological', 'size', got None",
+        ),
         (
             "algorithm.student_optimizer.learning_rate=.inf",
             "algorithm.student_optimizer.learning_rate: must be",
@@ -125,10 +128,39 @@ def test_report_of_something_else_than_a_ledger_is_one_line_and_exit_2(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_check_predicts_the_bytes_of_a_first_round(conf: str, capsys: pytest.CaptureFixture[str], run: Run) -> None:
+ONE_CLASS_EACH = ("--set", "task.partition={name: pathological, classes_per_client: 1}", "--set", "num_clients=10")
+ONE_CLASS_NOTE = "note: clients 0, 1, 2, 3, 4 and 5 more have training examples of one class only (10 of 10 clients)"
+
+
+def test_check_draws_the_labels_of_the_clients_and_notes_what_is_hard(
+    conf: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fedkd("check", conf, *ONE_CLASS_EACH, "--output-dir", str(tmp_path / "out")) == 0
+    figure = tmp_path / "out" / "small" / "partition.png"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{conf}: valid; ")
+    assert lines[1:] == [ONE_CLASS_NOTE, f"partition: {figure}"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["small", "partition.png"]
+
+
+def test_a_run_notes_what_is_hard_once_and_before_it_begins(
+    conf: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_execute", lambda *_: cli.err.print("begins"))
+    monkeypatch.setattr(cli, "_show", lambda *_: None)
+    assert fedkd("run", conf, *ONE_CLASS_EACH, "--output-dir", str(tmp_path)) == 0
+    assert capsys.readouterr().err.splitlines() == [ONE_CLASS_NOTE, "begins"]
+    assert fedkd("compare", conf, conf, *ONE_CLASS_EACH, "--output-dir", str(tmp_path)) == 0
+    assert capsys.readouterr().err.splitlines() == [ONE_CLASS_NOTE, "begins", "begins"]
+
+
+def test_check_predicts_the_bytes_of_a_first_round(
+    conf: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
+) -> None:
     from tests.flower.test_exchange import rows_of
 
-    assert fedkd("check", conf) == 0
+    assert fedkd("check", conf, "--output-dir", str(tmp_path / "out")) == 0
     said = capsys.readouterr().out
     predicted_kb = float(said.split("about ")[1].split(" kB up")[0])
     real = [

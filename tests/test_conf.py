@@ -4,23 +4,41 @@ from pathlib import Path
 import pytest
 
 from fedkd_flwr.experiment import Experiment, load, parse
-from fedkd_flwr.tasks.source import DataSource
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "conf").iterdir())
-DATA = ROOT.parent / "shared" / "data"
+DATA, MODELS = (ROOT.parent / "shared" / kind for kind in ("data", "models"))
+SOURCES = {"task.data.source": DATA, "task.teacher.source": MODELS, "task.tokenizer.source": MODELS}
+# Folders that hold what a hub id names, or something of its kind.
+BESIDE = {
+    "google/bert_uncased_L-6_H-128_A-2": "pubmed_bert_6x128",
+    "uoft-cs/cifar10": "cifar10",
+    "ylecun/mnist": "mnist",
+    "fancyzhx/ag_news": "ag_news_7600",
+}
 
 
 def with_its_data(path: Path) -> Experiment:
-    """The experiment of a file, its data found beside this repository where it is not where the file says."""
+    """The experiment of a file, its data and models found beside this repository where they are not where it says."""
     experiment = load(path)
-    source = getattr(experiment.task, "source", None)
-    if not isinstance(source, DataSource) or Path(source.path).exists():
-        return experiment
-    folder = DATA / Path(source.path).name
-    if not folder.exists():
-        pytest.skip(f"no data for {path.name} here")
-    return load(path, [f"task.source.path={folder}"])
+    overrides = []
+    for key, folder in SOURCES.items():
+        source = chosen(experiment, key)
+        if source is None or Path(source).exists():
+            continue
+        found = folder / BESIDE.get(source, Path(source).name)
+        if not found.exists():
+            pytest.skip(f"{source!r}, {key} of {path.name}, is not here")
+        overrides.append(f"{key}={found}")
+    return load(path, overrides)
+
+
+def chosen(experiment: Experiment, key: str) -> str | None:
+    """The text at a dotted key, None where the experiment has none."""
+    value: object = experiment
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value if isinstance(value, str) else None
 
 
 def test_there_is_an_experiment_for_fedkd_and_for_what_it_is_compared_with() -> None:

@@ -66,7 +66,10 @@ def message_of(text: str, *overrides: str) -> str:
         ("algorithm={temperature: 1}", f"algorithm.name: must be one of {ALGORITHM_NAMES}, got None"),
         ("compressor.name=zip", f"compressor.name: must be one of {COMPRESSOR_NAMES}, got 'zip'"),
         ("task.name=mnist", "task.name: must be "),
-        ("task.partition.name=shards", "task.partition.name: must be one of 'iid', 'dirichlet', got 'shards'"),
+        (
+            "task.partition.name=shards",
+            "task.partition.name: must be one of 'iid', 'dirichlet', 'pathological', 'size', got 'shards'",
+        ),
         ("server.aggregator.name=median", "server.aggregator.name: must be "),
         ("algorithm.student_optimizer.name=lion", "algorithm.student_optimizer.name: must be 'adam', 'adamw' or 'sgd'"),
         ("task.student.num_layers=3", "task: student.num_layers must be at most teacher.num_layers (2), got 3"),
@@ -82,7 +85,10 @@ def message_of(text: str, *overrides: str) -> str:
         ("seed=[", "override seed: '[' is not a YAML value"),
         ("seed=2024-13-45", "override seed: '2024-13-45' is not a YAML value"),
         ("server.round_timeout_seconds=.inf", "server.round_timeout_seconds: must be "),
-        ("task.partition={alpha: 0.1}", "task.partition.name: must be one of 'iid', 'dirichlet', got None"),
+        (
+            "task.partition={alpha: 0.1}",
+            "task.partition.name: must be one of 'iid', 'dirichlet', 'pathological', 'size', got None",
+        ),
         ("name.first=x", "override name.first: 'first' is inside text, not inside a mapping"),
         ("num_rounds.of=3", "override num_rounds.of: 'of' is inside 2, not inside a mapping"),
         ("algorithm.local.num_epochs.x=3", "override algorithm.local.num_epochs.x: 'x' is inside 3, "),

@@ -1,5 +1,6 @@
-"""Tables and figures, drawn from ledgers."""
+"""Tables, figures and model cards, drawn from ledgers."""
 
+from fedkd_flwr.report.model_card import write_model_card
 from fedkd_flwr.report.runs import RunResult, read_run, write_report
 
-__all__ = ["RunResult", "read_run", "write_report"]
+__all__ = ["RunResult", "read_run", "write_model_card", "write_report"]
