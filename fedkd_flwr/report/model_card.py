@@ -97,6 +97,8 @@ def _text(config: Mapping[str, Any], summary: Mapping[str, Any], loads: tuple[st
             lines.append(f"| {what} | {name} | {value:.4f} |")
     if loads:
         pipeline, auto = loads
+        # A word's tag was learned on its first piece alone.
+        more = ', aggregation_strategy="first"' if pipeline == "token-classification" else ""
         lines += [
             "",
             "## Use",
@@ -105,7 +107,7 @@ def _text(config: Mapping[str, Any], summary: Mapping[str, Any], loads: tuple[st
             f"from transformers import {auto}, pipeline",
             "",
             f'model = {auto}.from_pretrained("path/to/this/directory")',
-            f'predict = pipeline("{pipeline}", model="path/to/this/directory")',
+            f'predict = pipeline("{pipeline}", model="path/to/this/directory"{more})',
             "```",
         ]
     lines += [

@@ -119,7 +119,7 @@ class ImageClassification:
             options.client_test_fraction,
         )
         self._report = self._rows.report(labels, (*train_notes, *test_notes))
-        weights = class_weights(options.class_weights, labels.train, len(labels.names))
+        weights = class_weights(options.class_weights, labels.train[train_rows], len(labels.names))
         self._models = ImageModels(options, self._shape, labels.names, weights)
         # Many models of Hugging Face normalise over a batch, which takes two images.
         self._join_last = any(not isinstance(kind, CnnOptions) for kind in chosen_models(options).values())

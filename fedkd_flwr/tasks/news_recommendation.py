@@ -23,7 +23,7 @@ from fedkd_flwr.tasks.partition import IidPartition, NaturalPartition, Rows, Siz
 from fedkd_flwr.tasks.recommender import NewsRecommender, require_text_encoder, save_recommender, score
 from fedkd_flwr.tasks.scores import EVALUATION_BATCH, Numbers, ranking_scores
 from fedkd_flwr.tasks.table import ClientRows, Labels
-from fedkd_flwr.tasks.text import ENCODED_BYTES, TextTaskOptions, require_vocabulary
+from fedkd_flwr.tasks.text import ENCODED_BYTES, TextTaskOptions, require_positions, require_vocabulary
 from fedkd_flwr.tasks.transformer import Transformers, as_tokens, show_attentions
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ class NewsRecommendation:
         for name, encoder in named.items():
             require_text_encoder(f"task.{name}", encoder)
             require_vocabulary(name, encoder, self._tokenizer)
+            require_positions(name, encoder, options.max_length)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "heads"))
             teacher, student, *others = (

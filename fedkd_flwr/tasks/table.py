@@ -48,7 +48,8 @@ def read_labels(train: "Dataset", test: "Dataset", column: str, names: Sequence[
         train: the training split.
         test: the test split.
         column: holds the labels.
-        names: of the classes, in order; None takes those that the table names, or that the training split has.
+        names: of the classes, in order; None takes those that the table names, or that the training split has. The
+            names of a ClassLabel may be put into another order; other names take the place of its own, one by one.
 
     Raises:
         ValueError: if the column is something else, or a label is none of the classes.
@@ -61,6 +62,9 @@ def read_labels(train: "Dataset", test: "Dataset", column: str, names: Sequence[
         raise ValueError(f"task.data.columns.label: {column!r} has one class only; name another column")
     if twice := [name for name in classes if classes.count(name) > 1]:
         raise ValueError(f"task.label_names: names {twice[0]!r} twice; give each class a name of its own")
+    own = getattr(train.features[column], "names", None)
+    if own is not None and set(own) == set(classes) and tuple(own) != classes:
+        of_train, of_test = ([_named(value, own) for value in values] for values in (of_train, of_test))
     of_both = ((of_train, train), (of_test, test))
     return Labels(classes, *(_indices(values, classes, column, str(table.split)) for values, table in of_both))
 
@@ -70,6 +74,11 @@ def _whole(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return None if isnan(value) else int(value) if value.is_integer() else value
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """A number of a ClassLabel by its name; what is none of them stays, and is refused later."""
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _classes(feature: Any, values: Sequence[Any], column: str) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ class TextClassification(TextTask):
             options.client_test_fraction,
         )
         self._report = rows.report(labels, notes)
-        weights = class_weights(options.class_weights, labels.train, len(labels.names))
+        weights = class_weights(options.class_weights, labels.train[usable["train"]], len(labels.names))
         super().__init__(
             options, "AutoModelForSequenceClassification", tables, usable["test"], rows, labels.names, weights
         )

@@ -197,8 +197,8 @@ class TokenClassification(TextTask):
             )
             if cut:
                 notes.append(
-                    f"split {str(table.split)!r}: {cut} of {len(usable[split])} sentences are longer than task.max_length "
-                    f"({self._options.max_length}); entities beyond it count as missed"
+                    f"split {str(table.split)!r}: {cut} of {len(usable[split])} sentences are longer than "
+                    f"task.max_length ({self._options.max_length}); entities beyond it count as missed"
                 )
         return notes
 

@@ -280,3 +280,10 @@ def test_a_report_counts_the_labels_of_each_client_and_names_who_has_one_class()
 
 def test_integers_of_any_width_are_labels() -> None:
     assert read([0, 1], [1], None, Features({"label": Value("int8")})) == (("0", "1"), [0, 1], [1])
+
+
+def test_names_of_a_class_label_may_be_given_in_another_order_and_keep_their_rows() -> None:
+    features = Features({"label": ClassLabel(names=["neg", "pos"])})
+    table = Dataset.from_dict({"label": [0, 1, 1]}, features=features)
+    assert read_labels(table, table, "label", ["pos", "neg"]).train.tolist() == [1, 0, 0]
+    assert read_labels(table, table, "label", ["bad", "good"]).train.tolist() == [0, 1, 1]
