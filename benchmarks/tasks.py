@@ -53,7 +53,9 @@ def print_table(results: list[dict[str, Any]], task: str, reference: str) -> Non
         rows = [row for row in results if row["label"] == label]
         scores = [row["score"] for row in rows if row["score"] is not None]
         gaps = [
-            row["score"] - of_reference[row["seed"]] for row in rows if row["score"] and row["seed"] in of_reference
+            row["score"] - of_reference[row["seed"]]
+            for row in rows
+            if row["score"] is not None and row["seed"] in of_reference
         ]
         fewer = [row["fewer"] for row in rows if row["fewer"] is not None]
         cells = [

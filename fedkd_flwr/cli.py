@@ -19,6 +19,7 @@ from fedkd_flwr.experiment import ConfigError, Experiment, load
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.inventory import delete_state, kept_states
 from fedkd_flwr.flower.launcher import launch
+from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.flower.server import CONFIG_FILE, check_resumable
 from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
 from fedkd_flwr.measure.ledger import LEDGER_FILE
@@ -137,7 +138,6 @@ def check(conf: Config, overrides: Overrides = None, output_dir: Output = None) 
     """Validate an experiment, draw its data and predict its bytes, from first updates of a few clients."""
     # Imported here: it takes seconds, and other commands should not.
     from fedkd_flwr.flower.forecast import forecast
-    from fedkd_flwr.flower.runtime import runtime_of
 
     experiment = load(conf, overrides or ())
     figure = _root(experiment, output_dir) / experiment.name / PARTITION_FILE
@@ -182,9 +182,7 @@ def _run(experiment: Experiment, output_dir: Path | None, in_process: bool, note
     """Run and give the run directory; what is to be noted of the data is said unless it is in `noted` already."""
     run_dir = _root(experiment, output_dir) / experiment.name / _run_name()
     # Built here first, so that data or models that don't fit are found before anything is started or written.
-    task = experiment.build_task()
-    experiment.build_algorithm(task)
-    for note in task.data_report().notes:
+    for note in runtime_of(experiment).task.data_report().notes:
         if note not in noted:
             err.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
             noted.add(note)

@@ -1,3 +1,4 @@
+import os
 import tomllib
 from pathlib import Path
 
@@ -16,6 +17,13 @@ BESIDE = {
     "ylecun/mnist": "mnist",
     "fancyzhx/ag_news": "ag_news_7600",
 }
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `datasets` reads once for all files of one data set, and for all workers of one test run."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "datasets"
 
 
 def with_its_data(path: Path) -> Experiment:
@@ -60,9 +68,9 @@ def test_the_first_line_of_every_file_is_the_command_that_runs_it(path: Path) ->
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_file_builds_its_task_for_all_its_clients_and_its_algorithm(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
     experiment = with_its_data(path)
     task = experiment.build_task()
     last = task.client_data(experiment.num_clients - 1)

@@ -41,7 +41,8 @@ class LocalTraining(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
         accumulate: batches whose gradients make one step, for a batch that memory does not hold.
         precision: of the forward pass in training; parameters, losses and scores are float32 either way.
         compile: let torch compile the models, which takes minutes at first and pays off in long trainings.
-        device: where the models are; auto is the GPU where there is one.
+        device: where the models are; auto is the GPU where there is one, each machine for itself. cuda refuses a
+            machine without one, a server among them.
     """
 
     num_epochs: int = Field(2, ge=1)

@@ -18,14 +18,18 @@ def weighted_scores(scores: Iterable[tuple[Scores, float]]) -> dict[str, float] 
     totals: dict[str, float] = {}
     weights: dict[str, float] = {}
     least: dict[str, float] = {}
+    names: list[tuple[str, ...]] = []
     for metrics, weight in scores:
+        names.append(tuple(metrics))
         for name, value in metrics.items():
             if name.startswith("min_"):
                 least[name] = min(value, least.get(name, value))
                 continue
             totals[name] = totals.get(name, 0.0) + weight * value
             weights[name] = weights.get(name, 0.0) + weight
-    means = {name: total / weights[name] for name, total in totals.items()}
+    # In the order of whoever has the most: a client without a positive example lacks the metric that comes first.
+    order = max(names, key=len, default=())
+    means = {name: totals[name] / weights[name] for name in dict.fromkeys((*order, *totals)) if name in totals}
     return means | least or None
 
 

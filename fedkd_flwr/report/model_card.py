@@ -58,7 +58,9 @@ def _front_matter(
     task = config["task"]
     if data := _public(task.get("data")):
         facts["datasets"] = [data]
-    if base := _public(task.get("teacher")):
+    student = task.get("student") or {}
+    start = task.get("teacher") if isinstance(student, Mapping) and student.get("name") == "layers" else student
+    if base := _public(start):
         facts["base_model"] = base
     scores = summary["metrics"]["shared_global"] or {}
     facts["metrics"] = [name for name in scores if name != "loss"]
@@ -98,7 +100,7 @@ def _text(config: Mapping[str, Any], summary: Mapping[str, Any], loads: tuple[st
     if loads:
         pipeline, auto = loads
         # A word's tag was learned on its first piece alone.
-        more = ', aggregation_strategy="first"' if pipeline == "token-classification" else ""
+        more = {"token-classification": ', aggregation_strategy="first"', "text-classification": ", truncation=True"}
         lines += [
             "",
             "## Use",
@@ -107,7 +109,7 @@ def _text(config: Mapping[str, Any], summary: Mapping[str, Any], loads: tuple[st
             f"from transformers import {auto}, pipeline",
             "",
             f'model = {auto}.from_pretrained("path/to/this/directory")',
-            f'predict = pipeline("{pipeline}", model="path/to/this/directory"{more})',
+            f'predict = pipeline("{pipeline}", model="path/to/this/directory"{more.get(pipeline, "")})',
             "```",
         ]
     lines += [

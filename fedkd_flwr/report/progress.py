@@ -61,12 +61,15 @@ class RoundNote:
 
 
 class RoundLog:
-    """One printed line for each round, for the log that Flower keeps of a run."""
+    """What is to be noted of the data, and a line for each round, printed for the log that Flower keeps of a run."""
 
     def __init__(self) -> None:
         self._note = RoundNote()
 
     def update(self, row: Row) -> None:
         """Take one row of the ledger."""
+        if row["kind"] == "start":
+            for line in row.get("notes", ()):
+                print(f"note: {line}", flush=True)
         if note := self._note.of(row):
             print(f"round {row['round']}: {note}", flush=True)

@@ -99,7 +99,8 @@ class ImageClassification:
         train, test = options.data.load()
         columns = options.data.columns
         column = image_column(train, columns.image)
-        self._train, self._test = (Images(table, column, options) for table in (train, test))
+        folder = _folder_of(options.data.source)
+        self._train, self._test = (Images(table, column, options, folder) for table in (train, test))
         if columns.label == column:
             raise ValueError(f"task.data.columns.label: {column!r} is the column of the images; name another")
         labels = read_labels(train, test, columns.label, options.label_names)
@@ -142,8 +143,16 @@ class ImageClassification:
         return self._report
 
     def build_models(self, seed: int) -> Models:
-        """Teacher and student as the options say; what has no pretrained weights is drawn from `seed`."""
-        return self._models.build(seed)
+        """Teacher and student as the options say; what has no pretrained weights is drawn from `seed`.
+
+        Raises:
+            ValueError: naming a model that can't be built, or that a client has too few images for.
+        """
+        models = self._models.build(seed)
+        # Of a network of the task's own none normalises over a batch.
+        if self._join_last and self._alone:
+            self._require_one_is_enough(models)
+        return models
 
     def example_batch(self) -> Batch:
         """A grey image."""
@@ -161,12 +170,32 @@ class ImageClassification:
         """Write a directory that `load_cnn` loads, or `from_pretrained` and `pipeline("image-classification")`."""
         self._models.export(model, directory)
 
-    def _client_data(self, client: int) -> tuple[ClientData, int]:
+    @cached_property
+    def _alone(self) -> tuple[int, ...]:
+        """Clients with a single training image."""
+        return tuple(client for client in range(len(self._rows)) if len(self._rows_of(client)[0]) < 2)
+
+    def _require_one_is_enough(self, models: Models) -> None:
+        for key, reason in self._models.failing_on_one(models).items():
+            for client in self._alone:
+                teacher = self._options.teacher_of(client)
+                if key in ("student", f"other_teachers.{teacher - 1}.model" if teacher else "teacher"):
+                    raise ValueError(
+                        f"task.{key}: {reason}, but client {client} has one training image; choose another "
+                        "task.partition, a larger task.image_size, or a model without batch normalisation"
+                    )
+
+    def _rows_of(self, client: int) -> tuple[Rows, Rows]:
+        """Rows that a client learns from and rows that it scores on; see `ClientRows.of`."""
         train, test = self._rows.of(client)
         if (most := self._options.max_examples_per_class) is not None:
             drawn = np.random.default_rng(derive_seed(self._seed, "examples per class", client)).permutation(train)
             labels = self._train_labels[drawn]
             train = np.concatenate([drawn[labels == label][:most] for label in np.unique(labels)])
+        return train, test
+
+    def _client_data(self, client: int) -> tuple[ClientData, int]:
+        train, test = self._rows_of(client)
         learns = self._examples("train", train)
         scores = self._examples("test" if self._rows.scores_on_test(client) else "train", test)
         data = ClientData(learns, scores, self._options.teacher_of(client))
@@ -181,10 +210,17 @@ class ImageClassification:
         return images.examples(rows, labels[rows], self._shape, join_last=self._join_last)
 
 
+def _folder_of(source: str) -> Path | None:
+    """Where relative paths in a table start: its own folder; a data set of the Hub has none here."""
+    path = Path(source)
+    return path if path.is_dir() else path.parent if path.is_file() else None
+
+
 def _usable(split: str, images: Images, labels: Rows) -> tuple[Rows, tuple[str, ...]]:
     reasons = {
         "have no image": images.missing,
         "have an image that can't be read": images.unreadable,
+        "have an image of 32-bit pixels, to be saved with 8 or 16 bits": images.wide,
         "have no label": labels < 0,
     }
     return left_out(split, reasons, len(images))

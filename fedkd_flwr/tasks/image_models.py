@@ -1,5 +1,6 @@
 """Models that see images: the small convolutional network, and any of Hugging Face with a head for image classes."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,6 +8,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkd_flwr.core.modules import on_device_of
 from fedkd_flwr.core.protocols import Batch, Models, Outputs
@@ -81,6 +83,29 @@ class ImageModels:
             self._require_images_fit(f"task.{key}", model)
         return models
 
+    def failing_on_one(self, models: Models) -> Mapping[str, str]:
+        """Keys below `task` of models that can't be trained on a single image, each with the reason.
+
+        A batch norm over maps of one pixel has nothing to take a variance of; over larger ones it has.
+        """
+        reasons = {}
+        built = (models.teacher, models.student, *models.other_teachers)
+        for key, model in zip(chosen_models(self._options), built, strict=True):
+            if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+                continue
+            batch = self.example_batch()
+            try:
+                with torch.random.fork_rng(devices=[]), torch.no_grad():
+                    # A copy, for a forward pass changes the running averages.
+                    self.forward(copy.deepcopy(model).train(), batch, hidden_states=False, attentions=False)
+            except ValueError as error:
+                size = f"{self._shape[2]}x{self._shape[1]}"
+                reasons[key] = (
+                    f"a {type(model).__name__} normalises over a batch, which takes two images of {size} pixels "
+                    f"({reason_of(error)})"
+                )
+        return reasons
+
     def example_batch(self) -> Batch:
         """A grey image."""
         return {"pixel_values": torch.zeros(1, *self._shape), "labels": torch.zeros(1, dtype=torch.int64)}
@@ -132,7 +157,8 @@ def image_processor(options: ImageTaskOptions, shape: ImageShape) -> Any:
     """What makes of an image the numbers that the task makes of it, for users of an exported model.
 
     Pipelines turn every image into RGB before it comes here, so a model of grey images can't be used in one: it needs
-    images that the user has converted.
+    images that the user has converted. So do images of 16 bits and transparent ones, which a pipeline does not make
+    what the task makes of them.
     """
     import transformers
 

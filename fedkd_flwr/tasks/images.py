@@ -6,7 +6,7 @@ for the next process. A process decodes only the rows it is asked for, and keeps
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -24,13 +24,17 @@ from fedkd_flwr.tasks.source import require_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from PIL.Image import Image as Picture
 
 KEY = "task.data.columns.image"
 MODES = {1: "L", 3: "RGB"}  # Pillow's name for images of so many channels
 DECODED_BYTES = 256 * 2**20  # of clients' images that one process keeps
 ROWS_AT_ONCE = 256
+CACHE_FORMAT = 2  # of the sizes on disk; raise it with any change to what they are, or old ones would be read for new
 
-_MISSING, _UNREADABLE = (-1, -1), (0, 0)  # in the place of a width and a height
+_MISSING, _UNREADABLE, _WIDE = (-1, -1), (0, 0), (-2, -2)  # in the place of a width and a height
+_WIDE_MODES = {"I", "F"}  # Pillow's, of 32 bits a pixel: nothing says which of their values is white
+_TRANSPARENT_MODES = {"RGBA", "RGBa", "LA", "PA"}
 
 Size = tuple[int, int]  # width, height
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -89,16 +93,19 @@ class Images:
         table: the split.
         column: holds the images: of the library's type, their bytes, or paths of files.
         options: how they are decoded.
+        folder: that relative paths start at, where there is such a file; None leaves them to the working directory,
+            which differs between the processes of a run.
 
     Attributes:
         missing: mask of [rows], those without an image.
         unreadable: mask of [rows], those whose image is damaged, or none at all.
+        wide: mask of [rows], those whose image has pixels of 32 bits, which can't be made bytes.
 
     Raises:
         ValueError: if the column is not there or can't hold images.
     """
 
-    def __init__(self, table: "Dataset", column: str, options: ImageTaskOptions) -> None:
+    def __init__(self, table: "Dataset", column: str, options: ImageTaskOptions, folder: Path | None = None) -> None:
         # Imported here: it takes seconds, and checking a configuration should not.
         from datasets import Image
 
@@ -113,8 +120,11 @@ class Images:
         self._decode = Image().decode_example
         self._split = str(table.split)
         self._options = options
-        self._sizes = _sizes(self._encoded, column, table._fingerprint)
-        self.missing, self.unreadable = ((self._sizes == of).all(axis=1) for of in (_MISSING, _UNREADABLE))
+        self._folder = folder
+        self._sizes = _sizes(self._encoded, column, folder, table._fingerprint)
+        self.missing, self.unreadable, self.wide = (
+            (self._sizes == of).all(axis=1) for of in (_MISSING, _UNREADABLE, _WIDE)
+        )
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -165,7 +175,7 @@ class Images:
         from PIL.Image import Resampling
 
         try:
-            image = self._decode(encoded).convert(MODES[self._options.channels])
+            image = _of_bytes(self._decode(_located(encoded, self._folder))).convert(MODES[self._options.channels])
         except Exception as error:  # each file format has its own
             raise ValueError(
                 f"{KEY}: the image of row {row} of split {self._split!r} can't be read "
@@ -209,12 +219,30 @@ class ImageExamples:
             yield {**batch, "pixel_values": (pixels - self._mean) / self._std}
 
 
-def _sizes(encoded: "Dataset", column: str, fingerprint: str) -> Rows:
+def _of_bytes(image: "Picture") -> "Picture":
+    """An image that Pillow converts as one sees it: it would cut off 16 bits at 255, and ignore what is transparent."""
+    import PIL.Image
+
+    if _has_16_bits(image):
+        values = np.asarray(image).astype(np.uint32)
+        return PIL.Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode in _TRANSPARENT_MODES or "transparency" in image.info:
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image
+
+
+def _has_16_bits(image: "Picture") -> bool:
+    # Two formats of at most 16 bits are given more room by some versions of Pillow.
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in {"PNG", "PPM"})
+
+
+def _sizes(encoded: "Dataset", column: str, folder: Path | None, fingerprint: str) -> Rows:
     """Width and height of each image, or why it has none: [rows, 2]; read once, and kept in the library's cache.
 
     Args:
         encoded: the images as they are stored.
         column: holds them.
+        folder: see `Images`.
         fingerprint: of the table.
     """
     from datasets import Features, Image, Value
@@ -222,35 +250,74 @@ def _sizes(encoded: "Dataset", column: str, fingerprint: str) -> Rows:
     decode = Image().decode_example
 
     def measure(rows: Mapping[str, list[Any]]) -> Mapping[str, list[int]]:
-        widths, heights = zip(*(_size(value, decode) for value in rows[column]), strict=True)
+        sizes = (_size(_located(value, folder), decode) for value in rows[column])
+        widths, heights = zip(*sizes, strict=True)
         return {"width": list(widths), "height": list(heights)}
 
     # A fingerprint of our own: the library's would not know this function again after any change to the module.
-    key = hashlib.sha256("\n".join(["image sizes", fingerprint, column]).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\n".join([f"image sizes {CACHE_FORMAT}", fingerprint, column]).encode())
+    for state in _files(encoded, column, folder):
+        key.update(state.encode(errors="surrogateescape"))
     found = encoded.map(
         measure,
         batched=True,
         batch_size=ROWS_AT_ONCE,
         remove_columns=[column],
         features=Features({"width": Value("int64"), "height": Value("int64")}),
-        new_fingerprint=key,
+        new_fingerprint=key.hexdigest()[:32],
     )
     return np.stack([np.array(found[name][:], np.int64) for name in ("width", "height")], axis=1)
 
 
+def _files(encoded: "Dataset", column: str, folder: Path | None) -> Iterable[str]:
+    """The file of each image that a table has by path alone, as it is now: one that is put right is looked at anew."""
+    import pyarrow.compute  # type: ignore[import-untyped]
+
+    for rows in encoded.with_format("arrow").iter(ROWS_AT_ONCE):  # which leaves the bytes of images on disk
+        content, path = (pyarrow.compute.struct_field(rows.column(column), name) for name in ("bytes", "path"))
+        for value in path.filter(pyarrow.compute.is_null(content)).to_pylist():
+            if value is None:
+                continue
+            place = _path_from(value, folder)
+            try:
+                found = os.stat(place)
+                yield f"\n{place}\n{found.st_mtime_ns} {found.st_size}"
+            except (OSError, ValueError):  # the latter of a path that none can be
+                yield f"\n{place}\nabsent"
+
+
+def _located(value: Any, folder: Path | None) -> Any:
+    """An image as it is stored, its path as `_path_from` has it."""
+    if value is None or value["bytes"] is not None or value["path"] is None:
+        return value
+    return {**value, "path": _path_from(value["path"], folder)}
+
+
+def _path_from(path: str, folder: Path | None) -> str:
+    """A path of a table, absolute where it is that of a file here; what is a URL stays."""
+    if "://" in path:
+        return path
+    inside = os.path.join(folder or "", path)
+    return os.path.abspath(inside if os.path.exists(inside) else path)
+
+
 def _size(value: Any, decode: Any) -> Size:
-    """Width and height of one image, `_MISSING` or `_UNREADABLE`."""
+    """Width and height of one image, `_MISSING`, `_UNREADABLE` or `_WIDE`."""
     if value is None or (value["bytes"] is None and value["path"] is None):
         return _MISSING
     try:
-        size: Size = _size_of_whole(value) or decode(value).size
+        size = _size_of_whole(value) or _size_in(decode(value))
     except Exception:  # each file format has its own
         return _UNREADABLE
     return size
 
 
+def _size_in(image: "Picture") -> Size:
+    return _WIDE if image.mode in _WIDE_MODES and not _has_16_bits(image) else image.size
+
+
 def _size_of_whole(value: Mapping[str, Any]) -> Size | None:
-    """Width and height of an image that is complete as far as can be told without decoding it; None where in doubt.
+    """The size of an image that is complete as far as can be told without decoding it; None where in doubt.
 
     A PNG has checksums, a JPEG a mark at its end. What says that it is to be turned is left to the decoder.
     """
@@ -262,7 +329,9 @@ def _size_of_whole(value: Mapping[str, Any]) -> Size | None:
         content = Path(value["path"]).read_bytes() if os.path.isfile(value["path"]) else b""
     try:
         with PIL.Image.open(BytesIO(content)) as image:
-            size: Size = image.size
+            size = _size_in(image)
+            if size == _WIDE:  # and complete or not, it is of no use
+                return size
             if image.format == "PNG" and b"eXIf" not in content:
                 image.verify()
                 return size

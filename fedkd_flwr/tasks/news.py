@@ -90,12 +90,14 @@ class NewsData(DataSource):
     columns: NewsColumns = NewsColumns()
 
     @model_validator(mode="after")
-    def _is_no_file(self) -> Self:
+    def _files_differ(self) -> Self:
         if os.path.isfile(self.source):
             raise ValueError(
                 f"source must be the folder or the data set that holds {self.news_files[0]!r}, {self.train_file!r} and "
                 f"{self.test_file!r}, got the file {self.source!r}; name files in news_files, train_file and test_file"
             )
+        if self.train_file == self.test_file:
+            raise ValueError(f"test_file must differ from train_file, got {self.test_file!r} for both")
         return self
 
     def load(self) -> "tuple[Dataset, Dataset]":

@@ -175,7 +175,7 @@ def load_recommender(directory: Path) -> NewsRecommender:
     from transformers import AutoModel
 
     sizes = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))["heads"]
-    encoder = AutoModel.from_pretrained(directory, dtype=torch.float32, use_safetensors=True)
+    encoder = AutoModel.from_pretrained(directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     model = NewsRecommender(encoder, sizes["news_dim"], sizes["attention_dim"])
     model.heads.load_state_dict(load_file(directory / HEADS_FILE))
     return model.eval()

@@ -39,7 +39,7 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         config: one of the data set's configurations, where it has several.
         revision: commit, branch or tag of a data set of the Hub.
         train_split: its training examples, such as "train" or "train[:80%]"; a single file is all "train".
-        test_split: the server's test examples. Slices of one split must not overlap; that is not checked.
+        test_split: the server's test examples; a slice of the same split must not overlap with that of `train_split`.
     """
 
     source: str = Field(min_length=1)
@@ -70,8 +70,9 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         Raises:
             ValueError: if there is no such data, it can't be read, or a split is empty.
         """
-        tables = self.read(split=[self.train_split, self.test_split])
-        return cast("tuple[Dataset, Dataset]", tuple(tables))
+        train, test = self.read(split=[self.train_split, self.test_split])
+        require_disjoint(train, self.train_split, self.test_split)
+        return train, test
 
     def read(self, **request: Any) -> Any:
         """What `datasets.load_dataset` gives for this source.
@@ -89,7 +90,7 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         if not local and not _HUB_ID.fullmatch(self.source):
             raise ValueError(
                 f"task.data.source: there is no folder or file {self.source!r}; "
-                "set it to one, or to the id of a data set of the Hugging Face Hub"
+                "set it to one, best by an absolute path, or to the id of a data set of the Hugging Face Hub"
             )
         path = self.source
         if os.path.isfile(path):
@@ -112,6 +113,32 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             f"{self.source!r} is no folder or file here, and can't be loaded from the Hugging Face Hub ({reason}); "
             "check source, config, revision, splits and the connection"
         )
+
+
+def require_disjoint(table: "Dataset", train_split: str, test_split: str) -> None:
+    """Check that no row is both to train on and to test on.
+
+    Args:
+        table: of either, as `datasets` loaded it.
+        train_split: such as "train[:80%]".
+        test_split: likewise.
+
+    Raises:
+        ValueError: if slices of one split overlap.
+    """
+    from datasets import ReadInstruction
+
+    sizes = {name: split.num_examples for name, split in (table.info.splits or {}).items()}
+    if not sizes:
+        return
+    train, test = (ReadInstruction.from_spec(spec).to_absolute(sizes) for spec in (train_split, test_split))
+    for a in train:
+        for b in test:
+            if a.splitname == b.splitname and max(a.from_, b.from_) < min(a.to, b.to):
+                raise ValueError(
+                    f"task.data.test_split: {test_split!r} and train_split {train_split!r} share rows of split "
+                    f"{a.splitname!r}; give slices that don't overlap, such as train[:80%] and train[80%:]"
+                )
 
 
 def require_column(table: "Dataset", column: str, key: str) -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from torch import Tensor, float32, tensor
 
 from fedkd_flwr.core.protocols import DataReport
@@ -29,7 +30,25 @@ if TYPE_CHECKING:
 
 MISSING = -1  # in the place of a label that a row does not have
 
-ClassWeights = Literal["balanced"] | tuple[float, ...] | None
+_NAMED_CLASSES = 5  # in a note about more
+
+
+def _checked_weights(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Weights of classes, or one error: the library's own would have a line for each kind of value that is allowed."""
+    allowed = "must be 'balanced', null, or one number >= 0 for each class, at least one of them > 0"
+    try:
+        weights = check(value)
+    except ValidationError as error:
+        raise ValueError(f"{allowed}, got {error.errors()[-1]['input']!r}") from None
+    if isinstance(weights, tuple) and not any(weights):
+        raise ValueError(f"{allowed}, got {'0 for all' if weights else 'an empty list'}")
+    return weights
+
+
+ClassWeights = Annotated[
+    Literal["balanced"] | tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] | None,
+    WrapValidator(_checked_weights),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +261,21 @@ class ClientRows:
         return bool(len(self._test[client]))
 
     def report(self, labels: Labels, notes: Sequence[str]) -> DataReport:
-        """How the labels of the training split lie among the clients; see `DataReport`."""
+        """How the labels of the training split lie among the clients, and which classes lack any; see `DataReport`."""
         counts = label_counts(labels.train, [rows.tolist() for rows in self.train], len(labels.names))
-        return DataReport(labels.names, counts, (*notes, *client_notes(counts)))
+        return DataReport(labels.names, counts, (*notes, *_class_notes(labels.names, counts), *client_notes(counts)))
+
+
+def _class_notes(names: Sequence[str], counts: Sequence[Sequence[int]]) -> tuple[str, ...]:
+    """Which classes nobody can learn, in one line; empty where there is none.
+
+    Args:
+        names: of the classes.
+        counts: labels of each class of each client.
+    """
+    empty = [repr(name) for name, of_class in zip(names, zip(*counts, strict=True), strict=True) if not any(of_class)]
+    if not empty:
+        return ()
+    more = f" and {len(empty) - _NAMED_CLASSES} more" if len(empty) > _NAMED_CLASSES else ""
+    who = f"class {empty[0]} has" if len(empty) == 1 else f"classes {', '.join(empty[:_NAMED_CLASSES])}{more} have"
+    return (f"{who} no training examples",)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 ENCODED_BYTES = 256 * 2**20  # of clients' word pieces that one process keeps
 _WINDOW = 16  # batches among which rows are sorted by length: less padding, and still another order in every epoch
 _ROWS_AT_ONCE = 1000
+FORMAT = 1  # of encoded tables: raise it with any change to what a task encodes, or caches of older code are read
 
 Encode = Callable[[Mapping[str, list[Any]]], Mapping[str, list[Any]]]
 
@@ -96,7 +97,7 @@ def _load_tokenizer(source: str, revision: str | None, key: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, use_fast=True, trust_remote_code=False)
     except Exception as error:  # the library's own, and those of the network and the disk
         raise ValueError(
             f"{key}: no tokenizer can be loaded from {source!r} ({reason_of(error)}); "
@@ -159,7 +160,7 @@ def encoded(table: "Dataset", tokenizer: Any, settings: Mapping[str, Any], encod
     """
     # A fingerprint of our own: the library's would follow a tokenizer's settings for padding, which calls change.
     pieces = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    rules = [table._fingerprint, *(json.dumps(part) for part in (pieces, inputs_of(tokenizer)))]
+    rules = [table._fingerprint, *(json.dumps(part) for part in (FORMAT, pieces, inputs_of(tokenizer)))]
     rules.append(json.dumps(settings, sort_keys=True))
     key = hashlib.sha256("\n".join(rules).encode()).hexdigest()[:32]
     return table.map(
@@ -168,8 +169,13 @@ def encoded(table: "Dataset", tokenizer: Any, settings: Mapping[str, Any], encod
 
 
 def inputs_of(tokenizer: Any) -> list[str]:
-    """What a tokenizer makes of a text, for models that take it."""
-    return [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in tokenizer.model_input_names]
+    """What a tokenizer makes of a text, for models that take it.
+
+    The mask is always among it, so call the tokenizer with `return_attention_mask=True`: a batch is padded, and without
+    a mask padding would count in a model and in the losses on tokens.
+    """
+    known = {"attention_mask", *tokenizer.model_input_names}
+    return [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in known]
 
 
 class TokenExamples:

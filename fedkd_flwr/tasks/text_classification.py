@@ -81,14 +81,14 @@ class TextClassification(TextTask):
             seed,
             options.client_test_fraction,
         )
-        self._report = rows.report(labels, notes)
         weights = class_weights(options.class_weights, labels.train[usable["train"]], len(labels.names))
         super().__init__(
             options, "AutoModelForSequenceClassification", tables, usable["test"], rows, labels.names, weights
         )
+        self._report = rows.report(labels, (*notes, *self._cut_off(usable)))
 
     def data_report(self) -> DataReport:
-        """Labels of each client, and what was left out."""
+        """Labels of each client, and what was left out or cut off."""
         return self._report
 
     def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
@@ -98,7 +98,7 @@ class TextClassification(TextTask):
     def _pieces(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         names = (self._columns.text, self._columns.text_pair)
         texts = [[text or "" for text in rows[name]] for name in names if name]
-        out = self._tokenizer(*texts, truncation=True, max_length=self._options.max_length)
+        out = self._tokenizer(*texts, truncation=True, max_length=self._options.max_length, return_attention_mask=True)
         return {name: out[name] for name in inputs_of(self._tokenizer)}
 
     def _examples(self, split: str, rows: Rows) -> TokenExamples:
@@ -106,6 +106,18 @@ class TextClassification(TextTask):
         rows = by_length(table, rows)
         sequences = read_sequences(table, rows, inputs_of(self._tokenizer))
         return TokenExamples(sequences, self._padding, torch.from_numpy(self._labels[split][rows]))
+
+    def _cut_off(self, usable: Mapping[str, Rows]) -> list[str]:
+        notes = []
+        for split, table in self._tables.items():
+            lengths = np.array(table.select_columns(["length"])[:]["length"], np.int64)[usable[split]]
+            # A text of just this length is not cut; to tell it from longer ones would take its pieces without a limit.
+            if full := int((lengths == self._options.max_length).sum()):
+                notes.append(
+                    f"split {str(table.split)!r}: {full} of {len(lengths)} texts reach task.max_length "
+                    f"({self._options.max_length}); what is longer is cut"
+                )
+        return notes
 
 
 def _usable(

@@ -1,7 +1,9 @@
 """Words with one tag each, entities in IOB2: any data set of the Hub or local files, any Hugging Face model.
 
-A tag belongs to a word, a model reads word pieces: the first piece of a word carries its tag, the others carry none
-and are left out of the loss on labels and of the distillation of outputs.
+A tag belongs to a word, a model reads word pieces: the first piece of a word carries its tag. Later pieces of a word
+and special tokens carry no label and are left out of the cross-entropy and of the KL divergence. The terms of hidden
+states and of attention compare every real token, those among them, because both models see them; only padding is left
+out of all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ from fedkd_flwr.core.losses import NO_LABEL, cross_entropy
 from fedkd_flwr.core.protocols import DataReport, Examples
 from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition, client_notes
 from fedkd_flwr.tasks.scores import EVALUATION_BATCH, entity_scores, entity_spans, predicted_tags
-from fedkd_flwr.tasks.source import DataSource, column_values
+from fedkd_flwr.tasks.source import DataSource, column_values, require_column
 from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out
 from fedkd_flwr.tasks.text import TextTask, TextTaskOptions, TokenExamples, by_length, inputs_of, read_sequences
 
@@ -49,7 +51,7 @@ class TokenClassificationOptions(TextTaskOptions):
         class_weights: how much each tag counts in the task loss: "balanced" by the training split's counts, one number
             for each tag, or null for all alike.
         partition: how the training split is divided. A partition by label goes by the type of entity that a sentence
-            has most of.
+            has most of; sentences without entities are a class of their own.
         client_test_fraction: share of its training rows that a client keeps for its own score, in (0, 1), unless a
             natural partition gives it rows of the test split.
     """
@@ -108,7 +110,7 @@ class TokenClassification(TextTask):
         notes: list[str] = []
         tags: dict[str, list[list[Any] | None]] = {}
         for split, table in tables.items():
-            words = column_values(table, columns.tokens, "task.data.columns.tokens")
+            words = _words(table, columns.tokens)
             tags[split] = _tag_texts(table, columns.tags)
             usable[split], noted = left_out(str(table.split), _reasons(words, tags[split]), len(table))
             notes.extend(noted)
@@ -125,7 +127,8 @@ class TokenClassification(TextTask):
         rows = ClientRows(
             (tables["train"], tables["test"]),
             (usable["train"], usable["test"]),
-            entities.argmax(axis=1),
+            # The largest count of a sentence without entities would be that of the first type.
+            np.where(entities.any(axis=1), entities.argmax(axis=1), len(kinds)),
             options.partition,
             num_clients,
             seed,
@@ -168,7 +171,13 @@ class TokenClassification(TextTask):
 
     def _pieces(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         words = [[word or "?" for word in row or ("?",)] for row in rows[self._columns.tokens]]
-        out = self._tokenizer(words, is_split_into_words=True, truncation=True, max_length=self._options.max_length)
+        out = self._tokenizer(
+            words,
+            is_split_into_words=True,
+            truncation=True,
+            max_length=self._options.max_length,
+            return_attention_mask=True,
+        )
         first = [_first_pieces(out.word_ids(row)) for row in range(len(words))]
         return {name: out[name] for name in inputs_of(self._tokenizer)} | {WORDS: first}
 
@@ -210,19 +219,33 @@ def _first_pieces(word_ids: Sequence[int | None]) -> list[int]:
     ]
 
 
+def _words(table: "Dataset", column: str) -> list[Any]:
+    """Words of each row."""
+    key = "task.data.columns.tokens"
+    require_column(table, column, key)
+    feature = table.features[column]
+    if getattr(getattr(feature, "feature", None), "dtype", None) not in ("string", "large_string", "null"):
+        raise ValueError(
+            f"{key}: {column!r} of split {str(table.split)!r} must hold a list of words in every row, "
+            f"its type is {feature}; name another column"
+        )
+    return column_values(table, column, key)
+
+
 def _tag_texts(table: "Dataset", column: str) -> list[list[Any] | None]:
     """Tags of each row, by the names that the table gives to numbers where it does."""
     values = column_values(table, column, "task.data.columns.tags")
     feature = table.features[column]
     inner = getattr(feature, "feature", None)
-    if inner is None:
+    if inner is None or isinstance(inner, dict) or hasattr(inner, "feature"):  # no lists, or lists of what is no tag
         raise ValueError(
             f"task.data.columns.tags: {column!r} of split {str(table.split)!r} must hold a list of tags in every row, "
             f"its type is {feature}; name another column"
         )
     if (names := getattr(inner, "names", None)) is None:
         return values
-    return [None if row is None else [names[tag] if 0 <= tag < len(names) else tag for tag in row] for row in values]
+    named = dict(enumerate(names))
+    return [None if row is None else [named.get(tag, tag) for tag in row] for row in values]
 
 
 def _reasons(words: Sequence[Any], tags: Sequence[Any]) -> dict[str, Rows]:
@@ -232,6 +255,7 @@ def _reasons(words: Sequence[Any], tags: Sequence[Any]) -> dict[str, Rows]:
         "have another number of tags than words": np.array(
             [len(row or ()) != len(of_row or ()) for row, of_row in zip(words, tags, strict=True)], bool
         ),
+        "have a word without a tag": np.array([None in (of_row or ()) for of_row in tags], bool),
     }
 
 

@@ -211,7 +211,9 @@ def load_transformer(
                 assert options.config is not None
                 config = transformers.AutoConfig.for_model(options.config["model_type"])
             else:
-                config = transformers.AutoConfig.from_pretrained(options.source, revision=options.revision)
+                config = transformers.AutoConfig.from_pretrained(
+                    options.source, revision=options.revision, trust_remote_code=False
+                )
         except Exception as error:  # the library's own, and those of the network and the disk
             raise ValueError(_failure(options, key, error)) from error
         if unknown := sorted(k for k in changes if not hasattr(config, k)):
@@ -228,7 +230,7 @@ def load_transformer(
         try:
             config = type(config).from_dict({**given, **changes, **known, **labels})
             if options.source is None:
-                model = kind.from_config(config, dtype=torch.float32)
+                model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
                 missing: set[str] = set()
                 reshaped: dict[str, tuple[Any, Any]] = {}
             else:
@@ -238,6 +240,7 @@ def load_transformer(
                     config=config,
                     dtype=torch.float32,
                     use_safetensors=True,
+                    trust_remote_code=False,
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
                 )
@@ -278,7 +281,7 @@ def cut_student(teacher: nn.Module, options: LayersOptions) -> nn.Module:
     config = copy.deepcopy(teacher.config)
     depth = getattr(config, "num_hidden_layers", None)
     stacks = [n for n, m in teacher.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if depth is None or not stacks:
+    if depth is None or not stacks or getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"task.student: a {type(teacher).__name__} has no plain stack of layers to cut from; "
             "give the student a source or a config of its own"
@@ -300,6 +303,11 @@ def cut_student(teacher: nn.Module, options: LayersOptions) -> nn.Module:
         if name.startswith(start):
             layer, rest = name[len(start) :].split(".", 1)
             source = f"{start}{picked[int(layer)]}.{rest}"
+        if source not in values:
+            raise ValueError(
+                f"task.student.pick: layers of a {type(teacher).__name__} are not alike ({source!r} is missing), so "
+                "none can stand in another's place; use pick: first, or give the student a source or a config"
+            )
         wanted[name] = values[source]
     student.load_state_dict(wanted)
     return student

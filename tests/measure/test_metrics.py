@@ -8,6 +8,13 @@ from hypothesis import strategies as st
 from fedkd_flwr.measure.metrics import last_mean, spread_of, weighted_scores
 
 
+def test_metrics_are_in_the_order_of_whoever_has_the_most() -> None:
+    scores = weighted_scores([({"accuracy": 0.5}, 1.0), ({"f1": 0.2, "accuracy": 1.0}, 1.0)])
+    assert scores is not None
+    assert list(scores) == ["f1", "accuracy"]
+    assert scores == {"f1": 0.2, "accuracy": 0.75}
+
+
 def test_a_score_is_the_mean_over_clients_weighted_by_examples() -> None:
     scores = [({"accuracy": 1.0, "loss": 2.0}, 1.0), ({"accuracy": 0.5, "loss": 4.0}, 3.0)]
     assert weighted_scores(scores) == {"accuracy": (1.0 + 1.5) / 4, "loss": (2.0 + 12.0) / 4}

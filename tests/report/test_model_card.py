@@ -51,7 +51,11 @@ def test_a_card_of_a_library_task_says_how_to_load_it(run: Run) -> None:
 def test_hub_ids_are_named_and_folders_of_this_machine_are_not(run: Run, source: str, named: bool) -> None:
     directory = run()
     task = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))["task"]
-    changed(directory, "config.yaml", task=task | {"data": {"source": source}, "teacher": {"source": source}})
+    changed(
+        directory,
+        "config.yaml",
+        task=task | {"data": {"source": source}, "teacher": {"source": source}, "student": {"name": "layers"}},
+    )
     front, text = parts(directory)
     assert (front.get("base_model") == source) is (front.get("datasets") == [source]) is named
     assert (source in text) is named

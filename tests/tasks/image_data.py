@@ -24,6 +24,13 @@ def png(pixels: np.ndarray[Any, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def encoded(image: Image.Image, kind: str = "PNG", **settings: Any) -> dict[str, Any]:
+    """An image as a table stores it."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
 def rows(num: int, first: int = 0, side: int = SIDE) -> dict[str, list[Any]]:
     """Distinct grey images; labels and sites take turns."""
     images = [np.random.default_rng(first + i).integers(0, 256, (side, side), np.uint8) for i in range(num)]

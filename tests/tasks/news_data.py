@@ -23,7 +23,7 @@ TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 32,
-    "max_position_embeddings": 16,
+    "max_position_embeddings": 32,
     "vocab_size": len(SPECIAL) + len(WORDS),
 }
 LAYER = {"name": "layers", "num_layers": 1}

@@ -115,6 +115,52 @@ def test_a_round_of_fedkd_trains_any_image_model(
     assert (run_dir / "student" / "config.json").is_file()
 
 
+def alone(folder: Path, **changes: object) -> ImageClassification:
+    """Of one client's images all but one are held out."""
+    data = {"source": str(folder), "train_split": "train[:2]"}
+    chosen = {"data": data, "label_names": ["cat", "dog"], **changes}
+    return ImageClassificationOptions.model_validate(chosen).build(1, 0)
+
+
+CNN = {"name": "cnn", "num_channels": [2], "kernel_size": 3, "hidden_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("key", "models"),
+    [
+        ("teacher", {"teacher": resnet(), "student": CNN}),
+        ("student", {"teacher": CNN, "student": resnet()}),
+        (
+            "other_teachers.0.model",
+            {"teacher": CNN, "student": CNN, "other_teachers": [{"clients": [0], "model": resnet()}]},
+        ),
+    ],
+)
+def test_a_model_that_a_clients_only_image_is_too_few_for_is_refused(
+    key: str, models: dict[str, Any], folder: Path
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        alone(folder, **models).build_models(0)
+    start = f"task.{key}: a ResNetForImageClassification normalises over a batch, which takes two images of 8x8 pixels "
+    end = (
+        ", but client 0 has one training image; choose another task.partition, a larger task.image_size, "
+        "or a model without batch normalisation"
+    )
+    assert str(caught.value).startswith(start)
+    assert str(caught.value).endswith(end)
+    assert "\n" not in str(caught.value)
+
+
+def test_larger_images_other_models_and_clients_with_more_are_not_refused(folder: Path) -> None:
+    task = alone(folder, teacher=resnet(), student=CNN, image_size=16)
+    fresh = build(folder, teacher=resnet(), student=CNN, image_size=16).build_models(0)
+    torch.testing.assert_close(state(task.build_models(0).teacher), state(fresh.teacher), rtol=0, atol=0)
+    alone(folder, teacher=vit(), student=LAYER).build_models(0)
+    unused = {"teacher": resnet(), "student": CNN, "other_teachers": [{"clients": [0], "model": CNN}]}
+    alone(folder, **unused).build_models(0)
+    build(folder, teacher=resnet(), student=resnet()).build_models(0)
+
+
 def test_hidden_states_are_tokens_and_attentions_where_there_are_any(folder: Path) -> None:
     task = build(folder, teacher=vit(16), student=resnet(4))
     models = task.build_models(0)

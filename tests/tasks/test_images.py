@@ -1,4 +1,5 @@
 import io
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from tests.tasks.image_data import (
     SIDE,
     SMALL,
     build,
+    columns,
+    encoded,
     png,
     refusal,
     rows,
@@ -40,6 +43,17 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path) -> Path:
     """Data that a test may spoil."""
     return write_both(tmp_path / "data")
+
+
+@pytest.fixture
+def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFeature, "decode_example", lambda *_: pytest.fail("decoded"))
+
+
+def write_images(folder: Path, image: Any) -> None:
+    """Both splits, of one image six times."""
+    for split in ("train", "test"):
+        write(folder, split, {"image": [image] * 6, "label": [0, 1, 2] * 2})
 
 
 def test_pixels_are_standardised_and_keep_their_labels(stored: Path) -> None:
@@ -66,15 +80,53 @@ def test_every_channel_has_its_own_constants(tmp_path: Path) -> None:
 def test_images_of_any_mode_are_converted(channels: int, tmp_path: Path) -> None:
     grey = np.full((SIDE, SIDE), 200, np.uint8)
     modes = [Image.fromarray(grey).convert(mode) for mode in ("L", "RGB", "RGBA", "P", "LA", "CMYK")]
-    encoded = []
-    for image in modes:
-        buffer = io.BytesIO()
-        image.save(buffer, "TIFF")
-        encoded.append({"bytes": buffer.getvalue(), "path": None})
     for split in ("train", "test"):
-        write(tmp_path, split, {"image": encoded, "label": [0, 1, 2] * 2})
+        write(tmp_path, split, {"image": [encoded(image, "TIFF") for image in modes], "label": [0, 1, 2] * 2})
     pixels = everything(build(tmp_path, 1, channels=channels).test_data())["pixel_values"]
     torch.testing.assert_close(pixels, torch.full((6, channels, SIDE, SIDE), 200 / 127.5 - 1), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("<u2", "PNG"), ("<u2", "TIFF"), (">u2", "TIFF"), ("<u2", "PPM")])
+def test_sixteen_bits_become_eight_and_nothing_is_cut_off(dtype: str, kind: str, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 2**16 - 1, SIDE * SIDE).astype(dtype).reshape(SIDE, SIDE)
+    write_images(tmp_path, encoded(Image.fromarray(ramp), kind))
+    for channels in (1, 3):
+        pixels = everything(build(tmp_path, 1, channels=channels).test_data())["pixel_values"]
+        assert pixels.mean() == pytest.approx(0, abs=0.01)
+        expected = torch.linspace(-1, 1, SIDE * SIDE).reshape(SIDE, SIDE).expand_as(pixels)
+        torch.testing.assert_close(pixels, expected, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_images_of_32_bits_are_left_out_with_the_remedy(dtype: Any, folder: Path, no_decoding: None) -> None:
+    data = rows(NUM_TRAIN)
+    data["image"][4] = encoded(Image.fromarray(np.full((SIDE, SIDE), 1000, dtype)), "TIFF")
+    write(folder, "train", data)
+    assert build(folder).data_report().notes == (
+        "split 'train': 1 of 48 rows are left out: "
+        "1 have an image of 32-bit pixels, to be saved with 8 or 16 bits (the first is row 4)",
+    )
+
+
+def half_transparent(mode: str) -> dict[str, Any]:
+    """Black: opaque above, transparent below."""
+    if mode == "P":
+        places = np.repeat([0, 1], SIDE * SIDE // 2).astype(np.uint8).reshape(SIDE, SIDE)
+        image = Image.fromarray(places).convert("P")
+        image.putpalette([0] * 6)
+        return encoded(image, transparency=1)
+    image = Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, SIDE // 2, SIDE, SIDE))
+    return encoded(image.convert(mode))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_transparent_lies_on_white(channels: int, mode: str, tmp_path: Path) -> None:
+    write_images(tmp_path, half_transparent(mode))
+    pixels = everything(build(tmp_path, 1, channels=channels).test_data())["pixel_values"]
+    assert (pixels[:, :, : SIDE // 2] == -1).all()
+    assert (pixels[:, :, SIDE // 2 :] == 1).all()
 
 
 def test_images_of_different_sizes_are_resized(folder: Path) -> None:
@@ -170,9 +222,8 @@ def damaged_inside() -> bytes:
 
 
 def jpeg() -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE), np.uint8)).save(buffer, "JPEG")
-    return buffer.getvalue()
+    content: bytes = encoded(Image.open(io.BytesIO(rows(1)["image"][0]["bytes"])), "JPEG")["bytes"]
+    return content
 
 
 @pytest.mark.parametrize(
@@ -229,16 +280,78 @@ def test_images_are_looked_at_once_and_whole_ones_are_not_decoded(
     assert first.data_report() == second.data_report()
 
 
+def write_paths(folder: Path, place: str) -> list[dict[str, Any]]:
+    """A table of images by relative path, with a file of its own or a folder's; the ways to name it as data."""
+    (folder / "table").mkdir(parents=True)
+    (folder / place).mkdir()
+    lines = []
+    for row, (image, label) in enumerate(zip(*(rows(NUM_TRAIN)[name] for name in ("image", "label")), strict=True)):
+        (folder / place / f"{row}.png").write_bytes(image["bytes"])
+        lines.append(f"{os.path.relpath(folder / place, folder / 'table')}/{row}.png,{label}\n")
+    for split, part in (("train", lines), ("test", lines[:NUM_TEST])):
+        (folder / "table" / f"{split}.csv").write_text("image,label\n" + "".join(part))
+    whole = columns(folder / "table", image="image")
+    slices = {"train_split": "train[:36]", "test_split": "train[36:]"}
+    return [whole, {**whole, "source": str(folder / "table" / "train.csv"), **slices}]
+
+
+@pytest.mark.parametrize("place", ["table/pictures", "pictures"])
+def test_relative_paths_start_at_the_tables_folder_wherever_a_process_stands(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for data in write_paths(tmp_path / "data", place):
+        found = []
+        for directory in (tmp_path, tmp_path / "data" / "table"):
+            monkeypatch.chdir(directory)
+            task = build(tmp_path, data=data)
+            assert task.data_report().notes == ()
+            found.append(images(task.test_data()))
+        assert found[0] == found[1]
+
+
+def test_relative_paths_that_are_none_of_the_tables_folder_start_where_the_process_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_paths(tmp_path / "data", "table/pictures")[0]
+    (tmp_path / "data" / "table" / "pictures").rename(tmp_path / "pictures")
+    said = "task.data: no row of split 'train' can be used: 48 have an image that can't be read (the first is row 0)"
+    assert refusal(tmp_path, data=data) == said
+    monkeypatch.chdir(tmp_path)
+    assert len(build(tmp_path, data=data).test_data()) == NUM_TEST
+
+
+def test_a_file_that_is_put_right_is_looked_at_anew(tmp_path: Path) -> None:
+    data = write_paths(tmp_path / "data", "table/pictures")[0]
+    file = tmp_path / "data" / "table" / "pictures" / "5.png"
+    whole = file.read_bytes()
+    notes = []
+    for content in (b"", None, whole):
+        if content is None:
+            file.unlink()
+        else:
+            file.write_bytes(content)
+        notes.append(build(tmp_path, data=data).data_report().notes)
+    assert list(map(len, notes)) == [2, 2, 0]
+
+
+def test_sizes_that_another_version_kept_are_not_read(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[object] = []
+    look = image_reading._size_of_whole
+    monkeypatch.setattr(image_reading, "_size_of_whole", lambda value: (looked.append(value), look(value))[1])
+    for _ in range(2):
+        build(stored)
+    assert len(looked) == NUM_TRAIN + NUM_TEST
+    monkeypatch.setattr(image_reading, "CACHE_FORMAT", image_reading.CACHE_FORMAT + 1)
+    build(stored)
+    assert len(looked) == 2 * (NUM_TRAIN + NUM_TEST)
+
+
 def test_an_image_that_says_that_it_lies_on_its_side_is_turned(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6  # the tag of the orientation: a quarter to the right
-    encoded = []
-    for kind in ("JPEG", "PNG"):
-        buffer = io.BytesIO()
-        Image.fromarray(np.zeros((4, 10), np.uint8)).save(buffer, kind, exif=exif)
-        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    turned = [encoded(Image.fromarray(np.zeros((4, 10), np.uint8)), kind, exif=exif) for kind in ("JPEG", "PNG")]
     for split in ("train", "test"):
-        write(tmp_path, split, {"image": encoded * 3, "label": [0, 1, 2] * 2})
+        write(tmp_path, split, {"image": turned * 3, "label": [0, 1, 2] * 2})
     task = build(tmp_path, 1, student={**SMALL, "kernel_size": 1}, teacher={**SMALL, "kernel_size": 1})
     assert everything(task.test_data())["pixel_values"].shape == (6, 1, 10, 4)
 

@@ -74,6 +74,13 @@ def test_a_single_file_is_divided_by_slices(folder: Path) -> None:
     assert column_values(test, "text", "task.data.columns.text") == ["d"]
 
 
+@pytest.mark.parametrize(("train", "test"), [("train", "train[:50%]"), ("train[:3]", "train[2:]")])
+def test_a_row_can_not_be_both_trained_and_tested_on(folder: Path, train: str, test: str) -> None:
+    source = DataSource(source=str(folder / "train.parquet"), train_split=train, test_split=test)
+    with pytest.raises(ValueError, match=r"task\.data\.test_split: .* share rows of split 'train'"):
+        source.load()
+
+
 def test_splits_may_have_other_names(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", TRAIN)
     write_parquet(tmp_path / "validation.parquet", TEST)
@@ -125,7 +132,7 @@ def test_options_that_make_no_sense_are_refused(wrong: object) -> None:
 def test_a_folder_that_is_missing_is_an_error_without_asking_the_hub(path: str) -> None:
     assert message(DataSource(source=path)) == (
         f"task.data.source: there is no folder or file {path!r}; "
-        "set it to one, or to the id of a data set of the Hugging Face Hub"
+        "set it to one, best by an absolute path, or to the id of a data set of the Hugging Face Hub"
     )
 
 

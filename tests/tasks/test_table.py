@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from pydantic import TypeAdapter, ValidationError
 
 from fedkd_flwr.tasks.partition import (
     DirichletPartition,
@@ -13,7 +14,7 @@ from fedkd_flwr.tasks.partition import (
     SizePartition,
     TablePartition,
 )
-from fedkd_flwr.tasks.table import MISSING, ClientRows, Labels, class_weights, left_out, read_labels
+from fedkd_flwr.tasks.table import MISSING, ClassWeights, ClientRows, Labels, class_weights, left_out, read_labels
 
 NUM_TRAIN, NUM_TEST = 40, 12
 
@@ -127,6 +128,33 @@ def test_classes_count_alike_or_as_they_are_told() -> None:
     assert chosen.tolist() == [1.0, 2.5]
     with pytest.raises(ValueError, match=r"task.class_weights must be 2 numbers, one for each class, got 3"):
         class_weights((1.0, 1.0, 1.0), np.array([0, 1]), 2)
+
+
+@pytest.mark.parametrize("chosen", [None, "balanced", (1.0, 0.0), (0.5,)])
+def test_weights_may_be_numbers_not_all_of_which_are_zero(chosen: Any) -> None:
+    assert TypeAdapter(ClassWeights).validate_python(chosen) == chosen
+
+
+@pytest.mark.parametrize(
+    ("chosen", "got"),
+    [
+        ([1, -0.5], "-0.5"),
+        ([1, float("nan")], "nan"),
+        ([1, float("inf")], "inf"),
+        ([0, 0.0], "0 for all"),
+        ([], "an empty list"),
+        (["a", 1], "'a'"),
+        ("even", "'even'"),
+        (2, "2"),
+    ],
+)
+def test_weights_that_make_no_sense_are_one_error(chosen: Any, got: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(ClassWeights).validate_python(chosen)
+    (detail,) = caught.value.errors()
+    assert detail["msg"] == (
+        f"Value error, must be 'balanced', null, or one number >= 0 for each class, at least one of them > 0, got {got}"
+    )
 
 
 def test_rows_that_can_not_be_used_count_once_under_their_first_reason() -> None:
@@ -276,6 +304,22 @@ def test_a_report_counts_the_labels_of_each_client_and_names_who_has_one_class()
     assert [sum(count > 0 for count in mine) for mine in report.label_counts] == [1] * 4
     assert report.notes[0] == "a note"
     assert "one class only (4 of 4 clients)" in report.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("first", "note"),
+    [
+        (0, None),
+        (1, "class '0' has no training examples"),
+        (2, "classes '0', '1' have no training examples"),
+        (7, "classes '0', '1', '2', '3', '4' and 2 more have no training examples"),
+    ],
+)
+def test_a_report_names_classes_without_training_examples(first: int, note: str | None) -> None:
+    labels = labels_of((LABELS + first).tolist(), [first])
+    report = client_rows(IidPartition()).report(labels, [])
+    assert report.notes == ((note,) if note else ())
+    assert len(report.label_names) == first + 4
 
 
 def test_integers_of_any_width_are_labels() -> None:

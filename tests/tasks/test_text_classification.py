@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -154,6 +155,37 @@ def test_long_texts_are_cut(data: str, tiny_bert: Path) -> None:
     assert {(ids[0], ids[-1]) for ids, _ in rows_of(task.test_data())} == {(BEGIN, END)}
 
 
+def test_texts_that_reach_the_longest_length_are_noted(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = {"text": ["so good", "so very good", "so very very good", ""] * 4, "label": [0, 0, 1, 1] * 4}
+    task = build(write_splits(tmp_path, rows, {"text": ["so"], "label": [0]}), tiny_bert, 2, max_length=5)
+    assert task.data_report().notes[1:] == (
+        "split 'train': 8 of 12 texts reach task.max_length (5); what is longer is cut",
+    )
+
+
+def test_a_tokenizer_that_names_no_mask_makes_one_all_the_same(tiny_bert: Path, data: str, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "maskless")
+    settings = tmp_path / "maskless" / "tokenizer_config.json"
+    names = json.loads(settings.read_text()) | {"model_input_names": ["input_ids"]}
+    settings.write_text(json.dumps(names))
+    teacher = {"config": {"model_type": "bert", "vocab_size": 99}}
+    task = build(data, tiny_bert, teacher=teacher, tokenizer=str(tmp_path / "maskless"))
+    batch = batch_of(task.test_data())
+    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
+    assert torch.equal(batch["attention_mask"] == 1, batch["input_ids"] != PAD)
+    assert rows_of(task.test_data()) == rows_of(build(data, tiny_bert).test_data())
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(data: str, tiny_bert: Path, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "own")
+    (tmp_path / "own" / "code.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w').close()\n")
+    settings = tmp_path / "own" / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "code.Own"]}}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | own))
+    assert refusal(data, tiny_bert, tokenizer=str(tmp_path / "own")).startswith("task.tokenizer.source: ")
+    assert not (tmp_path / "was_run").exists()
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "json"])
 def test_rows_without_a_text_or_a_label_are_reported_and_not_used(suffix: str, tiny_bert: Path, tmp_path: Path) -> None:
     rows: dict[str, list[Any]] = {name: list(column) for name, column in ROWS.items()}
@@ -263,6 +295,15 @@ def test_texts_are_encoded_once(data: str, tiny_bert: Path, encoded_rows: list[i
     again.client_data(0)
     assert len(encoded_rows) == 2
     assert rows_of(again.test_data()) == rows_of(first.test_data())
+
+
+def test_tables_of_another_version_of_the_code_are_encoded_anew(
+    data: str, tiny_bert: Path, encoded_rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(data, tiny_bert)
+    monkeypatch.setattr("fedkd_flwr.tasks.text.FORMAT", 0)
+    build(data, tiny_bert)
+    assert len(encoded_rows) == 4
 
 
 def test_another_length_tokenizer_or_column_is_encoded_anew(

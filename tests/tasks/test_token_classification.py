@@ -259,6 +259,37 @@ def test_tags_must_be_lists(tiny_bert: Path, tmp_path: Path) -> None:
     assert "must hold a list of tags in every row" in refusal(write_splits(tmp_path, rows, rows), tiny_bert)
 
 
+@pytest.mark.parametrize("tags", [[[["O"]]] * 6, [[{"tag": "O"}]] * 6])
+def test_lists_of_what_is_no_tag_are_refused(tags: list[Any], tiny_bert: Path, tmp_path: Path) -> None:
+    rows = {"tokens": [["a"]] * 6, "ner_tags": tags}
+    assert "must hold a list of tags in every row" in refusal(write_splits(tmp_path, rows, rows), tiny_bert)
+
+
+@pytest.mark.parametrize("tokens", [["a drug"] * 6, [[1, 2]] * 6, [[["a"], ["drug"]]] * 6])
+def test_tokens_must_be_lists_of_words(tokens: list[Any], tiny_bert: Path, tmp_path: Path) -> None:
+    rows = {"tokens": tokens, "ner_tags": [["O", "B-Chemical"]] * 6}
+    text = refusal(write_splits(tmp_path, rows, rows), tiny_bert)
+    assert text.startswith(
+        "task.data.columns.tokens: 'tokens' of split 'train' must hold a list of words in every row, its type is "
+    )
+    assert text.endswith("; name another column")
+
+
+@pytest.mark.parametrize("kind", ["text", "number", "named number"])
+def test_a_word_without_a_tag_leaves_its_row_out(kind: str, tiny_bert: Path, tmp_path: Path) -> None:
+    rows = {name: list(column) for name, column in (TRAIN if kind == "text" else numbered(TRAIN)).items()}
+    rows["ner_tags"][3] = [*rows["ner_tags"][3][:-1], None]
+    names = ListOf(ClassLabel(names=list(NAMES)))
+    features = Features({"tokens": ListOf(Value("string")), "ner_tags": names}) if kind == "named number" else None
+    source = write_splits(tmp_path, rows, TEST if kind == "text" else numbered(TEST), features=features)
+    task = build(source, tiny_bert, label_names=NAMES if kind == "number" else None)
+    assert task.data_report().notes == (
+        f"split 'train': 1 of {len(SENTENCES)} rows are left out: 1 have a word without a tag (the first is row 3)",
+    )
+    sides = [side for client in range(2) for side in (task.client_data(client).train, task.client_data(client).test)]
+    assert sum(map(len, sides)) == len(SENTENCES) - 1
+
+
 def test_documents_stay_whole(tiny_bert: Path, tmp_path: Path) -> None:
     documents = [f"d{row // 6}" for row in range(len(SENTENCES))]
     data = write_splits(tmp_path, TRAIN | {"doc_id": documents}, TEST)
@@ -279,6 +310,23 @@ def test_partitions_by_label_go_by_the_type_of_entity(tiny_bert: Path, tmp_path:
         write_splits(tmp_path, rows, rows), tiny_bert, partition={"name": "pathological", "classes_per_client": 1}
     )
     assert sorted(task.data_report().label_counts) == [(0, 8), (8, 0)]
+
+
+def test_sentences_without_entities_are_a_class_of_their_own_for_a_partition(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = tagged([["aspirin", "did", "help"], ["fever", "was", "bad"], ["it", "was", "good"]] * 20)
+    source = write_splits(tmp_path, rows, rows)
+    task = build(source, tiny_bert, 3, partition={"name": "pathological", "classes_per_client": 1})
+    report = task.data_report()
+    assert report.label_names == ("Chemical", "Disease")
+    assert sorted(report.label_counts) == [(0, 0), (0, 20), (20, 0)]
+    held = [{tags[0] for _, tags in sentences_of(task.client_data(client).train)} for client in range(3)]
+    assert sorted(held, key=min) == [{"B-Chemical"}, {"B-Disease"}, {"O"}]
+    # Much alpha deals every class evenly, so that the sentences without entities are dealt so as well.
+    even = build(source, tiny_bert, 2, partition={"name": "dirichlet", "alpha": 1e4, "min_examples": 10})
+    for client in range(2):
+        sides = (even.client_data(client).train, even.client_data(client).test)
+        without = sum(set(tags) == {"O"} for side in sides for _, tags in sentences_of(side))
+        assert without == pytest.approx(10, abs=2)
 
 
 def test_a_perfect_model_finds_every_entity(data: str, tiny_bert: Path) -> None:

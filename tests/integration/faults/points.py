@@ -18,7 +18,7 @@ from fedkd_flwr.compressors.payload import PayloadError
 from fedkd_flwr.core.arrays import Array, Arrays, Spec, require_finite
 from fedkd_flwr.core.losses import cross_entropy
 from fedkd_flwr.core.modules import prefixed
-from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Models, Outputs
+from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs
 from fedkd_flwr.tasks.base import TensorExamples
 
 PER_CLIENT = 30
@@ -38,6 +38,9 @@ class Points:
 
     def test_data(self) -> Examples:
         return self._rows(0, 4 * PER_CLIENT)
+
+    def data_report(self) -> DataReport:
+        return DataReport(("upper", "lower"), ())
 
     def build_models(self, seed: int) -> Models:
         with torch.random.fork_rng(devices=[]):
