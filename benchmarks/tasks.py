@@ -34,6 +34,7 @@ def conditions_of(task: str) -> tuple[Condition, ...]:
     return (
         Condition("FedAvg(teacher)", fedavg),
         Condition("local_only(teacher)", fedavg, ("algorithm.name=local_only",)),
+        Condition("FedAvg(teacher), default codec", fedavg, (codec,)),
         Condition("FedAvg(student)", fedavg, of_student),
         Condition("FedAvg(student), default codec", fedavg, (*of_student, codec)),
         Condition("FedKD, paper codec", fedkd, (PAPER_CODEC,)),
