@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from fedkd_flwr.core.losses import NO_LABEL, cross_entropy
 from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Task
-
-EVALUATION_BATCH = 256
+from fedkd_flwr.tasks.scores import EVALUATION_BATCH
 
 
 class TaskOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+from fedkd_flwr.core.protocols import DataReport
 from fedkd_flwr.report import read_run, write_report
 from fedkd_flwr.report.figures import Curve, draw_curves
-from fedkd_flwr.report.progress import RoundNote
+from fedkd_flwr.report.progress import RoundLog, RoundNote
 from fedkd_flwr.report.table import COLUMNS, markdown_table
 from tests.conftest import Run
 
@@ -43,6 +44,17 @@ def test_a_report_is_written_beside_the_first_run_unless_told_otherwise(run: Run
     assert imread(figure).shape[0] > 300
     assert table.read_text().count("\n| small") == 2
     assert write_report([first], tmp_path / "elsewhere")[0].parent == tmp_path / "elsewhere"
+
+
+def test_notes_on_the_data_stand_in_the_first_row_and_in_flowers_log(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = DataReport(("a", "b"), ((1, 1),), ("3 rows are left out",))
+    monkeypatch.setattr("fedkd_flwr.tasks.digits.Digits.data_report", lambda self: report)
+    first = read_run(run("num_rounds=1")).rows[0]
+    assert (first["kind"], first["notes"]) == ("start", ["3 rows are left out"])
+    RoundLog().update(first)
+    assert capsys.readouterr().out == "note: 3 rows are left out\n"
 
 
 def test_the_same_curves_give_the_same_picture(tmp_path: Path) -> None:
