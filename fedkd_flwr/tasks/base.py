@@ -1,18 +1,19 @@
-"""What tasks share: options, those of several teachers, examples in memory, a student's first tensors, and a score."""
+"""What tasks share: options, several teachers, examples in memory, data of clients, a student's first tensors."""
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from fedkd_flwr.core.losses import NO_LABEL, cross_entropy
 from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Task
-from fedkd_flwr.tasks.scores import EVALUATION_BATCH
+from fedkd_flwr.tasks.partition import Rows
+from fedkd_flwr.tasks.table import ClientRows
 
 
 class TaskOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -125,6 +126,61 @@ class RecentClients:
         return self._kept[client][0]
 
 
+class SizedExamples(Examples, Protocol):
+    """Examples that know how much memory they hold."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of them that are in memory."""
+
+
+class TableTask(ABC):
+    """What tasks on the rows of a table share: examples made of a client's rows when they are first asked for.
+
+    Args:
+        options: of the task.
+        rows: of the clients.
+        usable_test: rows of the test split that can be used.
+        limit: bytes of clients' examples that a process keeps.
+    """
+
+    def __init__(self, options: ModelsOptions, rows: ClientRows, usable_test: Rows, limit: int) -> None:
+        self._teacher_of = options.teacher_of
+        self._rows = rows
+        self._usable_test = usable_test
+        self._clients = RecentClients(limit)
+
+    def client_data(self, partition_id: int) -> ClientData:
+        """Data of one client: its part of the training split, and its part of the test split or a share of the former.
+
+        Raises:
+            ValueError: if there is no such client, or an example can't be read after all.
+        """
+        return self._clients.get(partition_id, lambda: self._client_data(partition_id))
+
+    def test_data(self) -> Examples:
+        """The whole test split."""
+        return self._test_data
+
+    @abstractmethod
+    def _examples(self, split: Literal["train", "test"], rows: Rows) -> SizedExamples:
+        """Some rows of a split."""
+
+    def _rows_of(self, client: int) -> tuple[Rows, Rows]:
+        """Rows that a client learns from and rows that it scores on; see `ClientRows.of`."""
+        return self._rows.of(client)
+
+    def _client_data(self, client: int) -> tuple[ClientData, int]:
+        train, test = self._rows_of(client)
+        learns = self._examples("train", train)
+        scores = self._examples("test" if self._rows.scores_on_test(client) else "train", test)
+        return ClientData(learns, scores, self._teacher_of(client)), learns.num_bytes + scores.num_bytes
+
+    @cached_property
+    def _test_data(self) -> SizedExamples:
+        return self._examples("test", self._usable_test)
+
+
 def copy_shared_tensors(source: nn.Module, target: nn.Module) -> None:
     """Give `target` the values of every tensor that `source` has under the same name and shape.
 
@@ -133,18 +189,6 @@ def copy_shared_tensors(source: nn.Module, target: nn.Module) -> None:
     values = source.state_dict()
     matching = {n: values[n] for n, t in target.state_dict().items() if n in values and values[n].shape == t.shape}
     target.load_state_dict(matching, strict=False)
-
-
-def classification_score(task: Task, model: nn.Module, examples: Examples) -> dict[str, float]:
-    """Accuracy in [0, 1] and cross-entropy in nats, of a task with one label for each example."""
-    model.eval()
-    correct, loss = 0, 0.0
-    with torch.inference_mode():
-        for batch in examples.batches(EVALUATION_BATCH):
-            out = task.forward(model, batch, hidden_states=False, attentions=False)
-            correct += int((out.logits.argmax(dim=-1) == out.labels).sum())
-            loss += float(cross_entropy(out.logits, out.labels)) * int((out.labels != NO_LABEL).sum())
-    return {"accuracy": correct / len(examples), "loss": loss / len(examples)}
 
 
 def save_pretrained(model: nn.Module, directory: Path) -> None:

@@ -21,7 +21,6 @@ from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import (
     TaskOptions,
     TensorExamples,
-    classification_score,
     copy_shared_tensors,
     save_pretrained,
 )
@@ -35,6 +34,7 @@ from fedkd_flwr.tasks.partition import (
     partition_indices,
     require_client,
 )
+from fedkd_flwr.tasks.scores import classification_scores
 
 NUM_CLASSES = 10
 PIXELS_PER_SIDE = 8
@@ -143,8 +143,8 @@ class Digits:
         return Outputs(out.logits, batch["labels"], out.hidden_states, out.attentions)
 
     def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        """Accuracy in [0, 1] and cross-entropy in nats."""
-        return classification_score(self, model, examples)
+        """Accuracy and macro-F1 in [0, 1]; loss in nats."""
+        return classification_scores(self, model, examples)
 
     def export(self, model: nn.Module, directory: Path) -> None:
         """Write a directory that `ViTForImageClassification.from_pretrained` loads."""

@@ -11,9 +11,9 @@ import numpy as np
 from pydantic import BaseModel, Field, model_validator
 from torch import nn
 
-from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs
+from fedkd_flwr.core.protocols import Batch, DataReport, Examples, Models, Outputs
 from fedkd_flwr.core.seeds import derive_seed
-from fedkd_flwr.tasks.base import RecentClients
+from fedkd_flwr.tasks.base import TableTask
 from fedkd_flwr.tasks.cnn import CnnOptions
 from fedkd_flwr.tasks.image_models import (
     ImageModels,
@@ -90,7 +90,7 @@ class ImageClassificationOptions(ImageTaskOptions):
         return ImageClassification(self, num_clients, seed)
 
 
-class ImageClassification:
+class ImageClassification(TableTask):
     """The image classification task; see the module's text."""
 
     def __init__(self, options: ImageClassificationOptions, num_clients: int, seed: int) -> None:
@@ -106,37 +106,25 @@ class ImageClassification:
         labels = read_labels(train, test, columns.label, options.label_names)
         self._train_labels, self._test_labels = labels.train, labels.test
         train_rows, train_notes = _usable(str(train.split), self._train, labels.train)
-        self._test_rows, test_notes = _usable(str(test.split), self._test, labels.test)
+        test_rows, test_notes = _usable(str(test.split), self._test, labels.test)
         self._shape = self._train.shape_of(int(train_rows[0]))
         self._train.require_shape(train_rows, self._shape)
-        self._test.require_shape(self._test_rows, self._shape)
-        self._rows = ClientRows(
+        self._test.require_shape(test_rows, self._shape)
+        rows = ClientRows(
             (train, test),
-            (train_rows, self._test_rows),
+            (train_rows, test_rows),
             labels.train,
             options.partition,
             num_clients,
             seed,
             options.client_test_fraction,
         )
-        self._report = self._rows.report(labels, (*train_notes, *test_notes))
+        super().__init__(options, rows, test_rows, DECODED_BYTES)
+        self._report = rows.report(labels, (*train_notes, *test_notes))
         weights = class_weights(options.class_weights, labels.train[train_rows], len(labels.names))
         self._models = ImageModels(options, self._shape, labels.names, weights)
         # Many models of Hugging Face normalise over a batch, which takes two images.
         self._join_last = any(not isinstance(kind, CnnOptions) for kind in chosen_models(options).values())
-        self._clients = RecentClients(DECODED_BYTES)
-
-    def client_data(self, partition_id: int) -> ClientData:
-        """Data of one client: its part of the training split, and its part of the test split or a share of the former.
-
-        Raises:
-            ValueError: if there is no such client, or an image can't be read after all.
-        """
-        return self._clients.get(partition_id, lambda: self._client_data(partition_id))
-
-    def test_data(self) -> Examples:
-        """The whole test split."""
-        return self._test_data
 
     def data_report(self) -> DataReport:
         """Labels of each client's rows of the training split, and what was left out."""
@@ -187,23 +175,12 @@ class ImageClassification:
 
     def _rows_of(self, client: int) -> tuple[Rows, Rows]:
         """Rows that a client learns from and rows that it scores on; see `ClientRows.of`."""
-        train, test = self._rows.of(client)
+        train, test = super()._rows_of(client)
         if (most := self._options.max_examples_per_class) is not None:
             drawn = np.random.default_rng(derive_seed(self._seed, "examples per class", client)).permutation(train)
             labels = self._train_labels[drawn]
             train = np.concatenate([drawn[labels == label][:most] for label in np.unique(labels)])
         return train, test
-
-    def _client_data(self, client: int) -> tuple[ClientData, int]:
-        train, test = self._rows_of(client)
-        learns = self._examples("train", train)
-        scores = self._examples("test" if self._rows.scores_on_test(client) else "train", test)
-        data = ClientData(learns, scores, self._options.teacher_of(client))
-        return data, learns.num_bytes + scores.num_bytes
-
-    @cached_property
-    def _test_data(self) -> Examples:
-        return self._examples("test", self._test_rows)
 
     def _examples(self, split: Literal["train", "test"], rows: Rows) -> ImageExamples:
         images, labels = (self._train, self._train_labels) if split == "train" else (self._test, self._test_labels)

@@ -4,7 +4,6 @@ The set-up is that of FedKD's authors on MIND (Wu et al., Nature Communications 
 from some articles that were shown with it and not clicked, and models distil their softmax over these candidates.
 """
 
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,9 +13,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedkd_flwr.core.modules import on_device_of
-from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs
+from fedkd_flwr.core.protocols import Batch, DataReport, Examples, Models, Outputs
 from fedkd_flwr.core.seeds import derive_seed
-from fedkd_flwr.tasks.base import RecentClients, copy_shared_tensors
+from fedkd_flwr.tasks.base import TableTask, copy_shared_tensors
 from fedkd_flwr.tasks.impressions import Articles, ImpressionExamples, Ragged
 from fedkd_flwr.tasks.news import NewsData, read_impressions, read_news
 from fedkd_flwr.tasks.partition import IidPartition, NaturalPartition, Rows, SizePartition
@@ -66,7 +65,7 @@ class NewsRecommendationOptions(TextTaskOptions):
         return NewsRecommendation(self, num_clients, seed)
 
 
-class NewsRecommendation:
+class NewsRecommendation(TableTask):
     """The news recommendation task; see the module's text."""
 
     def __init__(self, options: NewsRecommendationOptions, num_clients: int, seed: int) -> None:
@@ -80,9 +79,8 @@ class NewsRecommendation:
             read_impressions(table, columns, news.numbers, options.max_history) for table in (train, test)
         )
         self._tables = {"train": of_train.table, "test": of_test.table}
-        self._usable_test = of_test.usable
         alike = Labels(("impressions",), np.zeros(len(train), np.int64), np.zeros(len(test), np.int64))
-        self._rows = ClientRows(
+        rows = ClientRows(
             (train, test),
             (of_train.usable, of_test.usable),
             alike.train,
@@ -91,23 +89,10 @@ class NewsRecommendation:
             seed,
             options.client_test_fraction,
         )
-        self._report = self._rows.report(alike, (*news.notes, *of_train.notes, *of_test.notes))
+        super().__init__(options, rows, of_test.usable, ENCODED_BYTES)
+        self._report = rows.report(alike, (*news.notes, *of_train.notes, *of_test.notes))
         settings = {"pad_token_id": self._tokenizer.pad_token_id}
         self._encoders = Transformers(options, "AutoModel", (), settings)
-        self._clients = RecentClients(ENCODED_BYTES)
-
-    def client_data(self, partition_id: int) -> ClientData:
-        """Data of one client.
-
-        Raises:
-            ValueError: if there is no such client.
-        """
-        rows = self._rows.of(partition_id)
-        return self._clients.get(partition_id, lambda: self._client_data(partition_id, *rows))
-
-    def test_data(self) -> Examples:
-        """The whole test split."""
-        return self._test_data
 
     def data_report(self) -> DataReport:
         """Training impressions of each client, and what was left out."""
@@ -185,16 +170,6 @@ class NewsRecommendation:
         assert isinstance(model, NewsRecommender)
         reading = self._options.model_dump(include={"use_abstract", "max_length", "max_history"})
         save_recommender(model, directory, self._tokenizer, reading)
-
-    @cached_property
-    def _test_data(self) -> ImpressionExamples:
-        return self._examples("test", self._usable_test)
-
-    def _client_data(self, client: int, train: Rows, test: Rows) -> tuple[ClientData, int]:
-        of_test = "test" if self._rows.scores_on_test(client) else "train"
-        learns, scores = self._examples("train", train), self._examples(of_test, test)
-        data = ClientData(learns, scores, self._options.teacher_of(client))
-        return data, learns.num_bytes + scores.num_bytes
 
     def _examples(self, split: str, rows: Rows) -> ImpressionExamples:
         table: Dataset = self._tables[split].select(rows.tolist())

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,8 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from fedkd_flwr.core.losses import NO_LABEL
-from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Models, Outputs
-from fedkd_flwr.tasks.base import RecentClients
+from fedkd_flwr.core.protocols import Batch, Models, Outputs
+from fedkd_flwr.tasks.base import TableTask
 from fedkd_flwr.tasks.partition import Rows
 from fedkd_flwr.tasks.source import absolute_if_local, reason_of
 from fedkd_flwr.tasks.table import ClientRows
@@ -251,7 +251,7 @@ def by_length(table: "Dataset", rows: Rows) -> Rows:
     return sorted_rows
 
 
-class TextTask(ABC):
+class TextTask(TableTask):
     """What the text tasks share: models, encoded splits, data of clients.
 
     Args:
@@ -277,9 +277,8 @@ class TextTask(ABC):
         label_names: Sequence[str],
         weights: Tensor | None,
     ) -> None:
+        super().__init__(options, rows, usable_test, ENCODED_BYTES)
         self._options = options
-        self._usable_test = usable_test
-        self._rows = rows
         self._label_names = tuple(label_names)
         self._tokenizer = options.load_tokenizer()
         self._example_labels = torch.zeros((1,), dtype=torch.int64)
@@ -294,20 +293,6 @@ class TextTask(ABC):
             name: encoded(table, self._tokenizer, rules, self._with_length) for name, table in tables.items()
         }
         self._models = Transformers(options, head, self._label_names, {"pad_token_id": pad}, weights)
-        self._clients = RecentClients(ENCODED_BYTES)
-
-    def client_data(self, partition_id: int) -> ClientData:
-        """Data of one client.
-
-        Raises:
-            ValueError: if there is no such client.
-        """
-        rows = self._rows.of(partition_id)
-        return self._clients.get(partition_id, lambda: self._client_data(partition_id, *rows))
-
-    def test_data(self) -> Examples:
-        """The whole test split."""
-        return self._test_data
 
     def build_models(self, seed: int) -> Models:
         """Teacher and student as the options say; heads that no checkpoint has are drawn from `seed`."""
@@ -335,20 +320,6 @@ class TextTask(ABC):
     def _pieces(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Word pieces of some rows of a table, as columns."""
 
-    @abstractmethod
-    def _examples(self, split: str, rows: Rows) -> TokenExamples:
-        """Some rows of a split."""
-
     def _with_length(self, rows: Mapping[str, list[Any]]) -> Mapping[str, list[Any]]:
         pieces = self._pieces(rows)
         return pieces | {"length": [len(ids) for ids in pieces["input_ids"]]}
-
-    @cached_property
-    def _test_data(self) -> TokenExamples:
-        return self._examples("test", self._usable_test)
-
-    def _client_data(self, client: int, train: Rows, test: Rows) -> tuple[ClientData, int]:
-        of_test = "test" if self._rows.scores_on_test(client) else "train"
-        learns, scores = self._examples("train", train), self._examples(of_test, test)
-        data = ClientData(learns, scores, self._options.teacher_of(client))
-        return data, learns.num_bytes + scores.num_bytes

@@ -29,7 +29,7 @@ def test_a_card_states_what_the_ledger_says(run: Run) -> None:
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     front, text = parts(directory)
     assert front["tags"] == ["federated-learning", "flower", "fedkd"]
-    assert front["metrics"] == ["accuracy"]
+    assert front["metrics"] == ["accuracy", "macro_f1"]
     for scope in ("shared_global", "shared_local", "private_local"):
         assert f"| {summary['metrics'][scope]['accuracy']:.4f} |" in text
     assert f"{summary['bytes']['per_client'] / 1e6:.3f} MB" in text
