@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
 from torch import nn
 
 from fedkd_flwr.algorithms.base import (
@@ -20,7 +21,7 @@ from fedkd_flwr.algorithms.base import (
     Trained,
     num_parameters,
 )
-from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOptions, Penalty, train_supervised
+from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOptions, Penalty, prior_of, train_supervised
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.protocols import ClientData, Models, Task
 
@@ -36,6 +37,7 @@ class FedAvgOptions(AlgorithmOptions):
         optimizer: the client's.
         keep_moments: go on with the optimiser's moments of a client's last round; off, each round begins afresh,
             because the weights jump in between.
+        logit_adjustment: strength of logit adjustment on each client; see `FedKDOptions`.
     """
 
     name: Literal["fedavg"] = "fedavg"
@@ -43,6 +45,7 @@ class FedAvgOptions(AlgorithmOptions):
     local: LocalTraining = LocalTraining()
     optimizer: OptimizerOptions = OptimizerOptions()
     keep_moments: bool = False
+    logit_adjustment: float = Field(0.0, ge=0)
 
     def build(self, task: Task, seed: int) -> Algorithm:
         """FedAvg of the chosen model.
@@ -52,7 +55,14 @@ class FedAvgOptions(AlgorithmOptions):
         """
         models = task.build_models(seed)
         shared = SharedModel(task, common_model(models, self.model))
-        client = FedAvgClient(task, shared, self.local, self.optimizer, keep_moments=self.keep_moments)
+        client = FedAvgClient(
+            task,
+            shared,
+            self.local,
+            self.optimizer,
+            keep_moments=self.keep_moments,
+            logit_adjustment=self.logit_adjustment,
+        )
         return Algorithm("updates", shared, client, MeanUpdateServer(shared), *num_parameters(models))
 
 
@@ -81,6 +91,7 @@ class FedAvgClient:
         optimizer: the client's.
         make_penalty: called with the module as received; returns what to add to the loss at every step.
         keep_moments: whether the optimiser goes on where it was after the client's last round.
+        logit_adjustment: strength of logit adjustment on each client, >= 0.
     """
 
     def __init__(
@@ -92,6 +103,7 @@ class FedAvgClient:
         make_penalty: Callable[[nn.Module], Penalty] | None = None,
         *,
         keep_moments: bool = False,
+        logit_adjustment: float = 0.0,
     ) -> None:
         local.place(shared.module)
         self._task = task
@@ -100,6 +112,7 @@ class FedAvgClient:
         self._optimizer = optimizer
         self._make_penalty = make_penalty
         self._keep_moments = keep_moments
+        self._logit_adjustment = logit_adjustment
 
     def initial_private(self, data: ClientData) -> Arrays:
         """Nothing is on a client at first."""
@@ -113,7 +126,8 @@ class FedAvgClient:
         if self._keep_moments:
             optimizer.write_state(_OPTIMIZER, private)
         penalty = self._make_penalty(module) if self._make_penalty else None
-        metrics = train_supervised(self._task, module, optimizer, data.train, self._local, assignment, penalty)
+        prior = prior_of(data, self._logit_adjustment)
+        metrics = train_supervised(self._task, module, optimizer, data.train, self._local, assignment, penalty, prior)
         kept = optimizer.read_state(_OPTIMIZER) if self._keep_moments else {}
         return Trained(self._shared.update(shared), kept, metrics)
 

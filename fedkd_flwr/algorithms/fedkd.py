@@ -6,6 +6,7 @@ student's update is exchanged. The losses are in `core/losses.py`.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +25,11 @@ from fedkd_flwr.algorithms.base import (
     Trained,
     num_parameters,
 )
+from fedkd_flwr.algorithms.fedprox import proximal_penalty
 from fedkd_flwr.algorithms.guidance import Guidance, Wanted, find_guidance, projections_of
-from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOptions, forward, run_epochs
+from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOptions, forward, prior_of, run_epochs
 from fedkd_flwr.core.arrays import Arrays
-from fedkd_flwr.core.losses import DistillationTerms, Side, adaptive_divisor, own_loss, task_loss
+from fedkd_flwr.core.losses import DistillationTerms, Side, Trust, adaptive_divisor, own_loss, task_loss
 from fedkd_flwr.core.modules import prefixed, read_arrays, write_arrays
 from fedkd_flwr.core.protocols import Batch, ClientData, Models, Outputs, Task
 from fedkd_flwr.core.seeds import derive_seed
@@ -54,6 +56,14 @@ class FedKDOptions(AlgorithmOptions):
             different teachers it is for all of them.
         hidden_warmup_rounds: rounds of a client in which W_h learns before the teacher follows the hidden term. It
             matters only between models of different width, where W_h begins as a random map.
+        trust: how far each model follows the other on each example: "all", everywhere alike; "right", only where the
+            other is right; "probability", as much as the probability that the other gives to the label.
+        guide_warmup: share of the run over which the student's guidance grows from nothing to its full weight, in
+            [0, 1); the teacher learns first.
+        logit_adjustment: strength tau of logit adjustment: on each client the student learns with tau * log P(class)
+            of this client added to its logits, so that what is shared are not the frequencies of the clients' labels
+            (Menon et al., ICLR 2021, https://arxiv.org/abs/2007.07314). 0 is off, 1 is balanced softmax.
+        proximal_mu: weight of (mu / 2) * ||w - w_shared||^2 on the student, as in FedProx; 0 is off.
         local: how a client trains in a round.
         student_optimizer: the student's.
         teacher_optimizer: the teacher's and W_h's.
@@ -71,6 +81,10 @@ class FedKDOptions(AlgorithmOptions):
     divisor_floor: float = Field(0.1, gt=0)
     layer_map: tuple[int, ...] | None = None
     hidden_warmup_rounds: int = Field(1, ge=0)
+    trust: Trust = "all"
+    guide_warmup: float = Field(0.0, ge=0, lt=1)
+    logit_adjustment: float = Field(0.0, ge=0)
+    proximal_mu: float = Field(0.0, ge=0)
     local: LocalTraining = LocalTraining()
     student_optimizer: OptimizerOptions = OptimizerOptions()
     teacher_optimizer: OptimizerOptions = OptimizerOptions()
@@ -80,7 +94,13 @@ class FedKDOptions(AlgorithmOptions):
     def terms(self, guidance: Guidance) -> DistillationTerms:
         """Which terms take part between a teacher and the student, for the losses."""
         return DistillationTerms(
-            self.mutual, guidance.hidden, guidance.attention, self.adaptive, self.temperature, self.divisor_floor
+            self.mutual,
+            guidance.hidden,
+            guidance.attention,
+            self.adaptive,
+            self.temperature,
+            self.divisor_floor,
+            self.trust,
         )
 
     def build(self, task: Task, seed: int) -> Algorithm:
@@ -173,8 +193,13 @@ class FedKDClient:
         num_rounds_trained = int(private[_NUM_ROUNDS_TRAINED])
         warm = teacher.guidance.same_width or num_rounds_trained >= options.hidden_warmup_rounds
 
+        prior = prior_of(data, options.logit_adjustment)
+        guided = min(assignment.end / options.guide_warmup, 1.0) if options.guide_warmup else 1.0
+        penalty = proximal_penalty(self._shared.module, options.proximal_mu) if options.proximal_mu else None
+
         def loss_of(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-            return self._losses(teacher, batch, teacher_follows_hidden=warm)
+            loss, found = self._losses(teacher, batch, prior, guided, teacher_follows_hidden=warm)
+            return loss if penalty is None else loss + penalty(self._shared.module), found
 
         options.local.prepare(self._shared.module, teacher.module)
         measures = run_epochs(data.train, options.local, assignment, list(optimizers.values()), loss_of)
@@ -201,19 +226,29 @@ class FedKDClient:
         return True
 
     def _losses(
-        self, teacher: FedKDTeacher, batch: Batch, *, teacher_follows_hidden: bool
+        self, teacher: FedKDTeacher, batch: Batch, prior: Tensor | None, guided: float, *, teacher_follows_hidden: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of both models' own losses: their graphs are disjoint, so one backward pass serves both."""
+        """Sum of both models' own losses: their graphs are disjoint, so one backward pass serves both.
+
+        Args:
+            teacher: of this client.
+            batch: what both models take.
+            prior: [classes], added to the student's logits.
+            guided: factor of the student's guidance, in [0, 1].
+            teacher_follows_hidden: whether the teacher has the hidden term.
+        """
         terms, local = teacher.terms, self._options.local
-        wanted = {"hidden_states": terms.hidden, "attentions": terms.attention}
-        of_teacher = forward(self._task, teacher.module, batch, local, **wanted)
-        of_student = forward(self._task, self._shared.module, batch, local, **wanted)
+        run = partial(
+            forward, self._task, batch=batch, local=local, hidden_states=terms.hidden, attentions=terms.attention
+        )
+        of_teacher = run(teacher.module)
+        of_student = run(self._shared.module, prior=prior)
         guide, student = teacher.side(of_teacher), teacher.student_side(of_student)
         divisor = adaptive_divisor(guide.task, student.task, terms.divisor_floor)
         weight = divisor if terms.adaptive else torch.ones(())
         mask = of_student.token_mask
         learner = guide if teacher_follows_hidden else Side(guide.logits, guide.task, None, guide.attentions)
-        student_loss = own_loss(student, guide, of_student.labels, weight, terms, mask)
+        student_loss = own_loss(student, guide, of_student.labels, weight / guided, terms, mask)
         teacher_loss = own_loss(learner, student, of_student.labels, weight, terms, mask)
         measures = {
             "train_loss": student.task.detach(),

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fedkd_flwr.algorithms.base import Assignment
 from fedkd_flwr.algorithms.optimizer import Optimizer, OptimizerOptions
-from fedkd_flwr.core.losses import task_loss
-from fedkd_flwr.core.protocols import Batch, Examples, Outputs, Task
+from fedkd_flwr.core.losses import log_prior, task_loss
+from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Outputs, Task
 from fedkd_flwr.core.seeds import derive_seed
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "OptimizerOptions",
     "Penalty",
     "forward",
+    "prior_of",
     "run_epochs",
     "train_supervised",
 ]
@@ -90,8 +91,26 @@ def forward(
     *,
     hidden_states: bool = False,
     attentions: bool = False,
+    prior: Tensor | None = None,
 ) -> Outputs:
-    """Run a model for training. What it returns is float32 in any precision: bfloat16 has too few digits for losses."""
+    """Run a model for training. What it returns is float32 in any precision: bfloat16 has too few digits for losses.
+
+    Args:
+        task: runs it.
+        module: the model.
+        batch: its input.
+        local: says the precision.
+        hidden_states: whether these are wanted.
+        attentions: likewise.
+        prior: [classes], added to the logits; see `log_prior`.
+    """
+    out = _forward(task, module, batch, local, hidden_states=hidden_states, attentions=attentions)
+    return out if prior is None else replace(out, logits=out.logits + prior.to(out.logits.device))
+
+
+def _forward(
+    task: Task, module: nn.Module, batch: Batch, local: LocalTraining, *, hidden_states: bool, attentions: bool
+) -> Outputs:
     if local.precision == "float32":
         return task.forward(module, batch, hidden_states=hidden_states, attentions=attentions)
     parameter = next(module.parameters(), None)
@@ -154,6 +173,19 @@ def _share_done(assignment: Assignment, step: int, num_steps: int) -> float:
     return assignment.begin + (assignment.end - assignment.begin) * min(step / num_steps, 1.0)
 
 
+def prior_of(data: ClientData, strength: float) -> Tensor | None:
+    """What logit adjustment adds to the logits on a client: [classes]; None where there is nothing to add.
+
+    Raises:
+        ValueError: if the task's labels are no classes.
+    """
+    if strength == 0:
+        return None
+    if data.label_counts is None:
+        raise ValueError("algorithm.logit_adjustment: this task's labels are no classes; set it to 0")
+    return strength * log_prior(data.label_counts)
+
+
 def train_supervised(
     task: Task,
     module: nn.Module,
@@ -162,15 +194,16 @@ def train_supervised(
     local: LocalTraining,
     assignment: Assignment,
     penalty: Penalty | None = None,
+    prior: Tensor | None = None,
 ) -> dict[str, float]:
-    """Minimise the task loss, plus a penalty on the module where one is given.
+    """Minimise the task loss, plus a penalty on the module where one is given, on logits plus a prior where one is.
 
     Returns:
         `train_loss`, the mean task loss in nats.
     """
 
     def loss_of(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        loss = task_loss(forward(task, module, batch, local))
+        loss = task_loss(forward(task, module, batch, local, prior=prior))
         return loss if penalty is None else loss + penalty(module), {"train_loss": loss.detach()}
 
     local.prepare(module)

@@ -7,6 +7,7 @@ own loss only. What a model learns from, and the divisor that weighs it, are con
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch.nn import functional
 from fedkd_flwr.core.protocols import Outputs
 
 NO_LABEL = -100  # torch's own ignore_index
+
+Trust = Literal["all", "right", "probability"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -44,6 +47,21 @@ def task_loss(out: Outputs) -> Tensor:
     return cross_entropy(out.logits, out.labels, out.class_weights)
 
 
+def log_prior(label_counts: Sequence[int]) -> Tensor:
+    """Logarithm of how often each class occurs, for logit adjustment: [classes].
+
+    A model that is trained on logits + log P(class) learns what a text or an image says beyond the frequencies of the
+    classes where it was trained (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021,
+    https://arxiv.org/abs/2007.07314; Ren et al., "Balanced meta-softmax", NeurIPS 2020). Every class counts one example
+    more than it has, so that none is impossible.
+
+    Args:
+        label_counts: examples of each class.
+    """
+    counts = torch.tensor(label_counts, dtype=torch.float64) + 1
+    return (counts / counts.sum()).log().float()
+
+
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(q || p) in nats along the last axis: p learns, q is the target. Shape [..., classes] to [...].
 
@@ -53,7 +71,9 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(q > 0, q * (log_q - log_p), torch.zeros_like(q)).sum(dim=-1)
 
 
-def distillation(learner_logits: Tensor, guide_logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+def distillation(
+    learner_logits: Tensor, guide_logits: Tensor, labels: Tensor, temperature: float = 1.0, trust: Trust = "all"
+) -> Tensor:
     """Numerator of equations 3 and 4: KL(guide || learner), mean over labelled positions. The guide is a constant.
 
     With a temperature tau, both sides are softened by 1/tau and the result is scaled by tau squared, which keeps the
@@ -64,12 +84,25 @@ def distillation(learner_logits: Tensor, guide_logits: Tensor, labels: Tensor, t
         guide_logits: [..., classes].
         labels: [...]; only positions other than -100 count.
         temperature: > 0.
+        trust: where the guide is followed: "all", everywhere alike; "right", where the class it finds likeliest is the
+            label; "probability", as much as the probability that it gives to the label. Positions where it is not
+            followed add 0 to the mean.
     """
     labelled = labels != NO_LABEL
     log_p = (torch.where(labelled[..., None], learner_logits, 0.0) / temperature).log_softmax(dim=-1)
     log_q = (torch.where(labelled[..., None], guide_logits.detach(), 0.0) / temperature).log_softmax(dim=-1)
     # Positions without a label are equal on both sides now, so they add nothing.
-    return temperature**2 * kl_divergence(log_p, log_q).sum() / labelled.sum().clamp(min=1)
+    divergence = kl_divergence(log_p, log_q)
+    if trust != "all":
+        divergence = divergence * _trusted(guide_logits.detach(), labels.clamp(min=0), trust)
+    return temperature**2 * divergence.sum() / labelled.sum().clamp(min=1)
+
+
+def _trusted(guide_logits: Tensor, labels: Tensor, trust: Trust) -> Tensor:
+    """How far the guide is followed at each position, in [0, 1]."""
+    if trust == "right":
+        return (guide_logits.argmax(dim=-1) == labels).to(guide_logits.dtype)
+    return guide_logits.softmax(dim=-1).gather(-1, labels[..., None])[..., 0]
 
 
 def masked_mse(learner: Tensor, guide: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -170,6 +203,7 @@ class DistillationTerms:
     adaptive: bool = True
     temperature: float = 1.0
     divisor_floor: float = 0.1
+    trust: Trust = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +246,7 @@ def own_loss(
     """
     guidance: list[Tensor] = []
     if terms.mutual:
-        guidance.append(distillation(learner.logits, guide.logits, labels, terms.temperature))
+        guidance.append(distillation(learner.logits, guide.logits, labels, terms.temperature, terms.trust))
     if learner.hidden is not None and guide.hidden is not None:
         guidance.append(hidden_mse(learner.hidden, guide.hidden, token_mask))
     if learner.attentions is not None and guide.attentions is not None:

@@ -52,11 +52,13 @@ class ClientData:
         train: to learn from.
         test: to score on.
         teacher: which teacher it has: 0 is `Models.teacher`, n is `Models.other_teachers[n - 1]`.
+        label_counts: how many labels of each class `train` has, class by class; None where labels are no classes.
     """
 
     train: Examples
     test: Examples
     teacher: int = 0
+    label_counts: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,6 +166,10 @@ class TableTask(ABC):
     def _examples(self, split: Literal["train", "test"], rows: Rows) -> SizedExamples:
         """Some rows of a split."""
 
+    def _label_counts(self, rows: Rows) -> tuple[int, ...] | None:
+        """Labels of each class in some rows of the training split; None where labels are no classes."""
+        return None
+
     def _rows_of(self, client: int) -> tuple[Rows, Rows]:
         """Rows that a client learns from and rows that it scores on; see `ClientRows.of`."""
         return self._rows.of(client)
@@ -174,7 +178,8 @@ class TableTask(ABC):
         train, test = self._rows_of(client)
         learns = self._examples("train", train)
         scores = self._examples("test" if self._rows.scores_on_test(client) else "train", test)
-        return ClientData(learns, scores, self._teacher_of(client)), learns.num_bytes + scores.num_bytes
+        data = ClientData(learns, scores, self._teacher_of(client), self._label_counts(train))
+        return data, learns.num_bytes + scores.num_bytes
 
     @cached_property
     def _test_data(self) -> SizedExamples:

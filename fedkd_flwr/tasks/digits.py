@@ -109,7 +109,8 @@ class Digits:
         rows = self._train_rows[np.array(self._partition[partition_id])]
         seed = derive_seed(self._seed, "client split", partition_id)
         train, test = hold_out(rows, self._options.client_test_fraction, seed)
-        return ClientData(train=self._examples(train), test=self._examples(test))
+        counts = np.bincount(self._labels[train], minlength=NUM_CLASSES)
+        return ClientData(self._examples(train), self._examples(test), label_counts=tuple(counts.tolist()))
 
     def test_data(self) -> Examples:
         """The server's 360 images."""

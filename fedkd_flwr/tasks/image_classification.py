@@ -121,6 +121,7 @@ class ImageClassification(TableTask):
         )
         super().__init__(options, rows, test_rows, DECODED_BYTES)
         self._report = rows.report(labels, (*train_notes, *test_notes))
+        self._num_classes = len(labels.names)
         weights = class_weights(options.class_weights, labels.train[train_rows], len(labels.names))
         self._models = ImageModels(options, self._shape, labels.names, weights)
         # Many models of Hugging Face normalise over a batch, which takes two images.
@@ -181,6 +182,9 @@ class ImageClassification(TableTask):
             labels = self._train_labels[drawn]
             train = np.concatenate([drawn[labels == label][:most] for label in np.unique(labels)])
         return train, test
+
+    def _label_counts(self, rows: Rows) -> tuple[int, ...]:
+        return tuple(np.bincount(self._train_labels[rows], minlength=self._num_classes).tolist())
 
     def _examples(self, split: Literal["train", "test"], rows: Rows) -> ImageExamples:
         images, labels = (self._train, self._train_labels) if split == "train" else (self._test, self._test_labels)

@@ -107,6 +107,9 @@ class TextClassification(TextTask):
         sequences = read_sequences(table, rows, inputs_of(self._tokenizer))
         return TokenExamples(sequences, self._padding, torch.from_numpy(self._labels[split][rows]))
 
+    def _label_counts(self, rows: Rows) -> tuple[int, ...]:
+        return tuple(np.bincount(self._labels["train"][rows], minlength=len(self._label_names)).tolist())
+
     def _cut_off(self, usable: Mapping[str, Rows]) -> list[str]:
         notes = []
         for split, table in self._tables.items():

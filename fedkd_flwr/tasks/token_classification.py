@@ -193,6 +193,10 @@ class TokenClassification(TextTask):
         words = [pieces[pieces >= 0] for pieces in first]
         return TaggedExamples({**sequences, "labels": labels}, self._padding, names, words)
 
+    def _label_counts(self, rows: Rows) -> tuple[int, ...]:
+        tags = np.concatenate([self._tags["train"][row] for row in rows.tolist()])
+        return tuple(np.bincount(tags, minlength=len(self._label_names)).tolist())
+
     def _cut_off(self, usable: Mapping[str, Rows]) -> list[str]:
         notes = []
         for split, table in self._tables.items():
