@@ -30,6 +30,7 @@ def conditions_of(task: str) -> tuple[Condition, ...]:
     of_student = (
         "algorithm.model=student",
         f"algorithm.optimizer={json.dumps(resolved['algorithm']['student_optimizer'])}",
+        f"algorithm.keep_moments={json.dumps(resolved['algorithm']['keep_student_moments'])}",
     )
     return (
         Condition("FedAvg(teacher)", fedavg),
