@@ -22,6 +22,7 @@ from torch import nn
 
 from fedkd_flwr.core.arrays import Arrays, Spec, apply_update, difference
 from fedkd_flwr.core.modules import exchanged_spec, read_arrays, write_arrays
+from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import ClientData, Codec, Direction, Examples, Models, Task
 
 Exchanges = Literal["updates", "outputs", "nothing"]
@@ -98,10 +99,10 @@ class ClientHalf(Protocol):
         """One round of local training."""
 
     def evaluate(self, shared: Arrays, private: Arrays, data: ClientData) -> dict[str, Metrics]:
-        """Metrics on the client's own test examples: "shared" and "private", whichever exist."""
+        """Metrics on the client's own test examples: "shared", "private" and, of both, "ensemble", whichever exist."""
 
-    def export_private(self, private: Arrays, data: ClientData, directory: Path) -> bool:
-        """Write the client's own model where it has one; say whether it does."""
+    def export_private(self, shared: Arrays, private: Arrays, data: ClientData, directory: Path) -> bool:
+        """Write what the client predicts with where that is not just the shared model; say whether it is."""
 
 
 class ServerHalf(Protocol):
@@ -189,8 +190,12 @@ class SharedModel:
 
     def score(self, shared: Arrays, examples: Examples) -> Metrics:
         """Metrics of the model with these arrays."""
+        return self._task.score(self.predict(shared, examples), examples)
+
+    def predict(self, shared: Arrays, examples: Examples) -> Predictions:
+        """What the model with these arrays says of some examples."""
         self.load(shared)
-        return self._task.score(self.module, examples)
+        return self._task.predict(self.module, examples)
 
     def export(self, shared: Arrays, directory: Path) -> None:
         """Write the model with these arrays."""

@@ -135,6 +135,6 @@ class FedAvgClient:
         """Score of the shared model."""
         return {"shared": self._shared.score(shared, data.test)}
 
-    def export_private(self, private: Arrays, data: ClientData, directory: Path) -> bool:
+    def export_private(self, shared: Arrays, private: Arrays, data: ClientData, directory: Path) -> bool:
         """There is no private model."""
         return False

@@ -31,6 +31,7 @@ from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOption
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.losses import DistillationTerms, Side, Trust, adaptive_divisor, own_loss, task_loss
 from fedkd_flwr.core.modules import prefixed, read_arrays, write_arrays
+from fedkd_flwr.core.predictions import ensemble
 from fedkd_flwr.core.protocols import Batch, ClientData, Models, Outputs, Task
 from fedkd_flwr.core.seeds import derive_seed
 
@@ -64,6 +65,8 @@ class FedKDOptions(AlgorithmOptions):
             of this client added to its logits, so that what is shared are not the frequencies of the clients' labels
             (Menon et al., ICLR 2021, https://arxiv.org/abs/2007.07314). 0 is off, 1 is balanced softmax.
         proximal_mu: weight of (mu / 2) * ||w - w_shared||^2 on the student, as in FedProx; 0 is off.
+        predict_with: what a client predicts with, and so what it writes at the end: its teacher, as the paper does; the
+            student, which the server writes anyway; or both, by the mean of their probabilities. All three are scored.
         local: how a client trains in a round.
         student_optimizer: the student's.
         teacher_optimizer: the teacher's and W_h's.
@@ -85,6 +88,7 @@ class FedKDOptions(AlgorithmOptions):
     guide_warmup: float = Field(0.0, ge=0, lt=1)
     logit_adjustment: float = Field(0.0, ge=0)
     proximal_mu: float = Field(0.0, ge=0)
+    predict_with: Literal["student", "teacher", "ensemble"] = "teacher"
     local: LocalTraining = LocalTraining()
     student_optimizer: OptimizerOptions = OptimizerOptions()
     teacher_optimizer: OptimizerOptions = OptimizerOptions()
@@ -210,19 +214,25 @@ class FedKDClient:
         return Trained(self._shared.update(shared), kept, metrics | {"min_divisor": min(measures["divisor"])})
 
     def evaluate(self, shared: Arrays, private: Arrays, data: ClientData) -> dict[str, Metrics]:
-        """Score of the student as shared, and of the client's teacher."""
-        teacher = self._teachers[data.teacher]
+        """Score of the student as shared, of the client's teacher, and of both together."""
+        teacher, examples = self._teachers[data.teacher], data.test
         teacher.load(private)
-        return {
-            "shared": self._shared.score(shared, data.test),
-            "private": self._task.score(teacher.module, data.test),
-        }
+        of_student = self._shared.predict(shared, examples)
+        of_teacher = self._task.predict(teacher.module, examples)
+        found = {"shared": of_student, "private": of_teacher, "ensemble": ensemble(of_student, of_teacher)}
+        return {whose: self._task.score(predictions, examples) for whose, predictions in found.items()}
 
-    def export_private(self, private: Arrays, data: ClientData, directory: Path) -> bool:
-        """Write the client's teacher."""
+    def export_private(self, shared: Arrays, private: Arrays, data: ClientData, directory: Path) -> bool:
+        """Write what the client predicts with: its teacher, or that and the student in a directory each."""
+        predict_with = self._options.predict_with
+        if predict_with == "student":
+            return False
         teacher = self._teachers[data.teacher]
         teacher.load(private)
-        self._task.export(teacher.module, directory)
+        together = predict_with == "ensemble"
+        self._task.export(teacher.module, directory / "teacher" if together else directory)
+        if together:
+            self._shared.export(shared, directory / "student")
         return True
 
     def _losses(

@@ -18,7 +18,7 @@ from fedkd_flwr.algorithms.base import (
 from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOptions, train_supervised
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.modules import prefixed, read_arrays, write_arrays
-from fedkd_flwr.core.protocols import ClientData, Examples, Models, Task
+from fedkd_flwr.core.protocols import ClientData, Examples, Models, Task, score_of
 
 _MODEL = "model/"
 _OPTIMIZER = "optimizer/"
@@ -94,9 +94,9 @@ class LocalOnlyClient:
 
     def evaluate(self, shared: Arrays, private: Arrays, data: ClientData) -> dict[str, Metrics]:
         """Score of the client's own model."""
-        return {"private": self._task.score(self._load(private, data), data.test)}
+        return {"private": score_of(self._task, self._load(private, data), data.test)}
 
-    def export_private(self, private: Arrays, data: ClientData, directory: Path) -> bool:
+    def export_private(self, shared: Arrays, private: Arrays, data: ClientData, directory: Path) -> bool:
         """Write the client's own model."""
         self._task.export(self._load(private, data), directory)
         return True

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 from torch import Tensor, nn
 
 from fedkd_flwr.core.arrays import Arrays, Spec
+from fedkd_flwr.core.predictions import Predictions
 
 Batch = Mapping[str, Tensor]
 Direction = Literal["uplink", "downlink"]
@@ -112,11 +113,19 @@ class Task(Protocol):
     def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
         """Run `model` on a batch."""
 
-    def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        """Metrics of `model` on `examples`, by name."""
+    def predict(self, model: nn.Module, examples: Examples) -> Predictions:
+        """What `model` says of each example, as log-probabilities."""
+
+    def score(self, predictions: Predictions, examples: Examples) -> dict[str, float]:
+        """Metrics of these predictions, by name, the one to compare runs by first."""
 
     def export(self, model: nn.Module, directory: Path) -> None:
         """Write the model as a directory: one that `from_pretrained` loads where it is a Hugging Face model."""
+
+
+def score_of(task: Task, model: nn.Module, examples: Examples) -> dict[str, float]:
+    """Metrics of one model alone, by name."""
+    return task.score(task.predict(model, examples), examples)
 
 
 class Codec(Protocol):

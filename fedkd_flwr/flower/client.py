@@ -108,7 +108,7 @@ def train(message: Message, context: Context, app_dir: Path) -> Message:
 
 
 def evaluate(message: Message, context: Context, app_dir: Path) -> Message:
-    """Catch up, score both models on the client's own test examples, export the private one."""
+    """Catch up, score on the client's own test examples, export what the client predicts with."""
     instruction = Instruction.from_records(message.content)
     client = client_of(context, app_dir)
     store = client.store(instruction.training_id)
@@ -118,7 +118,7 @@ def evaluate(message: Message, context: Context, app_dir: Path) -> Message:
     state = store.commit(state)
     half = client.runtime.algorithm.client
     scores = half.evaluate(state.shared, state.private, client.data)
-    half.export_private(state.private, client.data, store.directory / PRIVATE_MODEL_DIR)
+    half.export_private(state.shared, state.private, client.data, store.directory / PRIVATE_MODEL_DIR)
     reply = replace(_scored(client, state, instruction, scores), seconds=seconds)
     return Message(reply.to_records(), reply_to=message)
 
@@ -218,6 +218,7 @@ def _scored(client: Client, state: ClientState, instruction: Instruction, scores
         num_test_examples=len(client.data.test),
         shared=scores.get("shared", {}),
         private=scores.get("private", {}),
+        ensemble=scores.get("ensemble", {}),
     )
 
 

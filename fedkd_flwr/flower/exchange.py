@@ -368,10 +368,12 @@ class Exchange(Strategy):
                 "shared_global": shared_global,
                 "shared_local": weighted_scores((r.shared, r.num_test_examples) for r in replies),
                 "private_local": weighted_scores((r.private, r.num_test_examples) for r in replies),
+                "ensemble_local": weighted_scores((r.ensemble, r.num_test_examples) for r in replies),
             },
             "spread": {
                 "shared_local": spread_of(r.shared for r in replies),
                 "private_local": spread_of(r.private for r in replies),
+                "ensemble_local": spread_of(r.ensemble for r in replies),
             },
             "train": weighted_scores((r.train, r.num_examples) for r in replies),
             "sampled": current.sampled,

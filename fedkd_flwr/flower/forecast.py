@@ -130,6 +130,7 @@ def _first_reply(runtime: Runtime, client: int) -> Reply:
         payload=_encoded(runtime, trained, seed),
         shared=scores.get("shared", {}),
         private=scores.get("private", {}),
+        ensemble=scores.get("ensemble", {}),
         train=trained.metrics,
         seconds=dict.fromkeys(("evaluate", "client_train", "encode", "decode"), 0.0),
     )

@@ -223,6 +223,7 @@ class Reply:
         payload: encoded upload; None where nothing is exchanged.
         shared: scores of the shared model, before training.
         private: scores of the private model, before training.
+        ensemble: scores of both together, before training.
         train: means over the local training steps.
         seconds: by name: client_train, evaluate, encode, decode.
     """
@@ -236,6 +237,7 @@ class Reply:
     payload: bytes | None = None
     shared: Mapping[str, float] = field(default_factory=dict)
     private: Mapping[str, float] = field(default_factory=dict)
+    ensemble: Mapping[str, float] = field(default_factory=dict)
     train: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -294,6 +296,7 @@ class Reply:
             payload=payload,
             shared=groups["s"],
             private=groups["p"],
+            ensemble=groups["e"],
             train=groups["t"],
             seconds=groups["c"],
         )
@@ -313,7 +316,7 @@ def payload_bytes_of(content: RecordDict) -> int:
 def _read_groups(metrics: Mapping[str, object]) -> dict[str, dict[str, float]]:
     if len(metrics) > _MOST_METRICS:
         raise MessageError(f"a reply may have {_MOST_METRICS} metrics, got {len(metrics)}")
-    groups: dict[str, dict[str, float]] = {"s": {}, "p": {}, "t": {}, "c": {}}
+    groups: dict[str, dict[str, float]] = {"s": {}, "p": {}, "e": {}, "t": {}, "c": {}}
     for name, value in metrics.items():
         letter, separator, rest = name.partition(".")
         if not separator:
@@ -338,7 +341,7 @@ def _count(record: Mapping[str, object], key: str) -> int:
 
 
 def _groups(reply: Reply) -> dict[str, Mapping[str, float]]:
-    return {"s": reply.shared, "p": reply.private, "t": reply.train, "c": reply.seconds}
+    return {"s": reply.shared, "p": reply.private, "e": reply.ensemble, "t": reply.train, "c": reply.seconds}
 
 
 def _arrays(data: bytes) -> ArrayRecord:

@@ -6,7 +6,8 @@ import numpy as np
 
 Scores = Mapping[str, float]
 
-SCOPES = ("shared_global", "shared_local", "private_local")
+# The shared model on the server's test set; it, a client's own model, and both together on the client's own test data.
+SCOPES = ("shared_global", "shared_local", "private_local", "ensemble_local")
 
 
 def weighted_scores(scores: Iterable[tuple[Scores, float]]) -> dict[str, float] | None:

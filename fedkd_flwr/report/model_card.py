@@ -22,6 +22,7 @@ SCOPE_NAMES = {
     "shared_global": "this model, on the server's test set",
     "shared_local": "this model, on the clients' own test examples (mean)",
     "private_local": "the clients' private models, on the same (mean)",
+    "ensemble_local": "both together, on the same (mean)",
 }
 MEGABYTE = 1e6
 

@@ -77,6 +77,7 @@ class RunResult:
             _score(self.last_rounds()),
             _score(self.score("shared_local")),
             _score(self.score("private_local")),
+            _score(self.score("ensemble_local")),
             f"{counted['uplink'] / clients / MEGABYTE:.3f}",
             f"{counted['downlink'] / clients / MEGABYTE:.3f}",
             "-" if reduction is None else f"{100 * reduction:.1f} %",

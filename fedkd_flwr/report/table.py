@@ -11,6 +11,7 @@ COLUMNS = (
     "last 3 rounds",
     "shared, local",
     "private, local",
+    "both, local",
     "MB up",
     "MB down",
     "fewer bytes",
@@ -18,7 +19,7 @@ COLUMNS = (
 )
 LEGEND = (
     "shared model: on the server's test set after the last round, and its mean over the last 3 rounds; local: on the "
-    "clients' own test data; private: what never leaves a client. MB: per client over the whole run, every serialised "
+    "clients' own test data; private: what never leaves a client; both: the mean of their probabilities. MB: per client over the whole run, every serialised "
     "message; fewer bytes: than dense FedAvg of the teacher with the same participation."
 )
 

@@ -16,6 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from fedkd_flwr.core.modules import on_device_of
+from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import (
@@ -34,7 +35,7 @@ from fedkd_flwr.tasks.partition import (
     partition_indices,
     require_client,
 )
-from fedkd_flwr.tasks.scores import classification_scores
+from fedkd_flwr.tasks.scores import classification_scores, predict
 
 NUM_CLASSES = 10
 PIXELS_PER_SIDE = 8
@@ -143,9 +144,13 @@ class Digits:
         )
         return Outputs(out.logits, batch["labels"], out.hidden_states, out.attentions)
 
-    def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+    def predict(self, model: nn.Module, examples: Examples) -> Predictions:
+        """Log-probabilities of the classes of each example."""
+        return predict(self, model, examples)
+
+    def score(self, predictions: Predictions, examples: Examples) -> dict[str, float]:
         """Accuracy and macro-F1 in [0, 1]; loss in nats."""
-        return classification_scores(self, model, examples)
+        return classification_scores(predictions)
 
     def export(self, model: nn.Module, directory: Path) -> None:
         """Write a directory that `ViTForImageClassification.from_pretrained` loads."""

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, Field, model_validator
 from torch import nn
 
+from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import Batch, DataReport, Examples, Models, Outputs
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import TableTask
@@ -24,7 +25,7 @@ from fedkd_flwr.tasks.image_models import (
 )
 from fedkd_flwr.tasks.images import DECODED_BYTES, ImageExamples, Images, ImageTaskOptions, image_column
 from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition
-from fedkd_flwr.tasks.scores import classification_scores
+from fedkd_flwr.tasks.scores import classification_scores, predict
 from fedkd_flwr.tasks.source import DataSource
 from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, read_labels
 from fedkd_flwr.tasks.transformer import LayersOptions, TransformerOptions
@@ -151,9 +152,13 @@ class ImageClassification(TableTask):
         """Run a model on images of shape [batch, channels, height, width]."""
         return self._models.forward(model, batch, hidden_states=hidden_states, attentions=attentions)
 
-    def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+    def predict(self, model: nn.Module, examples: Examples) -> Predictions:
+        """Log-probabilities of the classes of each example."""
+        return predict(self, model, examples)
+
+    def score(self, predictions: Predictions, examples: Examples) -> dict[str, float]:
         """Accuracy and macro-F1 in [0, 1]; loss in nats."""
-        return classification_scores(self, model, examples)
+        return classification_scores(predictions)
 
     def export(self, model: nn.Module, directory: Path) -> None:
         """Write a directory that `load_cnn` loads, or `from_pretrained` and `pipeline("image-classification")`."""

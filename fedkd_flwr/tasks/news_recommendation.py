@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedkd_flwr.core.modules import on_device_of
+from fedkd_flwr.core.predictions import Numbers, Predictions
 from fedkd_flwr.core.protocols import Batch, DataReport, Examples, Models, Outputs
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import TableTask, copy_shared_tensors
@@ -20,7 +21,7 @@ from fedkd_flwr.tasks.impressions import Articles, ImpressionExamples, Ragged
 from fedkd_flwr.tasks.news import NewsData, read_impressions, read_news
 from fedkd_flwr.tasks.partition import IidPartition, NaturalPartition, Rows, SizePartition
 from fedkd_flwr.tasks.recommender import NewsRecommender, require_text_encoder, save_recommender, score
-from fedkd_flwr.tasks.scores import EVALUATION_BATCH, Numbers, ranking_scores
+from fedkd_flwr.tasks.scores import EVALUATION_BATCH, ranking_scores
 from fedkd_flwr.tasks.table import ClientRows, Labels
 from fedkd_flwr.tasks.text import ENCODED_BYTES, TextTaskOptions, require_positions, require_vocabulary
 from fedkd_flwr.tasks.transformer import Transformers, as_tokens, show_attentions
@@ -152,17 +153,21 @@ class NewsRecommendation(TableTask):
             inputs["attention_mask"],
         )
 
-    def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+    def predict(self, model: nn.Module, examples: Examples) -> Predictions:
+        """Log-probabilities of the softmax over all candidates of each impression."""
+        assert isinstance(examples, ImpressionExamples)
+        labels = [examples.labels[row] for row in range(len(examples.labels))]
+        return Predictions([_log_softmax(scores) for scores in impression_scores(model, examples)], labels)
+
+    def score(self, predictions: Predictions, examples: Examples) -> dict[str, float]:
         """AUC, MRR, nDCG@5 and nDCG@10 over whole impressions, see `ranking_scores`.
 
         `loss` is the mean over clicks of the cross-entropy of the softmax over all candidates, in nats.
         """
-        assert isinstance(examples, ImpressionExamples)
-        labels = [examples.labels[row] for row in range(len(examples.labels))]
-        scores = impression_scores(model, examples)
-        losses = [_losses(of_one)[clicks == 1] for of_one, clicks in zip(scores, labels, strict=True)]
+        labels, found = predictions.labels, predictions.log_probabilities
+        losses = [-of_one[clicks == 1] for of_one, clicks in zip(found, labels, strict=True)]
         # A model that has diverged prefers nothing; its loss tells.
-        ranked = [np.where(np.isfinite(of_one), of_one, 0.0) for of_one in scores]
+        ranked = [of_one if np.isfinite(of_one).all() else np.zeros_like(of_one) for of_one in found]
         return ranking_scores(labels, ranked) | {"loss": float(np.concatenate(losses).mean())}
 
     def export(self, model: nn.Module, directory: Path) -> None:
@@ -207,8 +212,8 @@ def _vectors(model: NewsRecommender, articles: Articles, chosen: Rows) -> Tensor
     return torch.cat(parts)[torch.from_numpy(np.argsort(ordered))]
 
 
-def _losses(scores: Numbers) -> Numbers:
-    """-log softmax: [candidates]."""
+def _log_softmax(scores: Numbers) -> Numbers:
+    """Along the only axis: [candidates]."""
     shifted = scores - scores.max()
-    losses: Numbers = np.log(np.exp(shifted).sum()) - shifted
-    return losses
+    found: Numbers = shifted - np.log(np.exp(shifted).sum())
+    return found

@@ -1,31 +1,48 @@
 """Scores of a model on examples: classes, entities, rankings. Definitions are scikit-learn's where it has them."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 from torch import nn
 
-from fedkd_flwr.core.losses import NO_LABEL, cross_entropy
+from fedkd_flwr.core.losses import NO_LABEL
+from fedkd_flwr.core.predictions import Numbers, Predictions
 from fedkd_flwr.core.protocols import Examples, Task
 
 EVALUATION_BATCH = 256
 
-Numbers = np.ndarray[Any, np.dtype[Any]]
 Span = tuple[int, int, str]
 
 
-def classification_scores(
-    task: Task, model: nn.Module, examples: Examples, positive: int | None = None
-) -> dict[str, float]:
+def predict(task: Task, model: nn.Module, examples: Examples) -> Predictions:
+    """What a model says of examples that have one label each, or one for each of several positions.
+
+    Positions without a label are left out.
+    """
+    model.eval()
+    found: list[Numbers] = []
+    labels: list[Numbers] = []
+    with torch.inference_mode():
+        for batch in examples.batches(EVALUATION_BATCH):
+            out = task.forward(model, batch, hidden_states=False, attentions=False)
+            of_batch, expected = out.logits.log_softmax(dim=-1).cpu().numpy(), out.labels.cpu().numpy()
+            if expected.ndim == 1:
+                found.extend(of_batch)
+                labels.extend(expected)
+                continue
+            kept = expected != NO_LABEL
+            found.extend(of_one[mask] for of_one, mask in zip(of_batch, kept, strict=True))
+            labels.extend(of_one[mask] for of_one, mask in zip(expected, kept, strict=True))
+    return Predictions(found, labels)
+
+
+def classification_scores(predictions: Predictions, positive: int | None = None) -> dict[str, float]:
     """Scores of a task with one label for each example, the one to compare runs by first.
 
     Args:
-        task: runs the model.
-        model: to score.
-        examples: at least one.
+        predictions: of at least one example.
         positive: class whose F1, precision and recall are wanted; they are absent where no example has it, because
             there is nothing to find, and 0 where the model finds nothing.
 
@@ -33,15 +50,9 @@ def classification_scores(
         f1, precision, recall of the positive class; accuracy, macro_f1 (over the classes that occur), in [0, 1]; loss,
         the mean cross-entropy in nats, every class counted alike.
     """
-    model.eval()
-    truth, predicted, loss = [], [], 0.0
-    with torch.inference_mode():
-        for batch in examples.batches(EVALUATION_BATCH):
-            out = task.forward(model, batch, hidden_states=False, attentions=False)
-            loss += float(cross_entropy(out.logits, out.labels)) * len(out.labels)
-            truth.append(out.labels.cpu().numpy())
-            predicted.append(out.logits.argmax(dim=-1).cpu().numpy())
-    return class_scores(np.concatenate(truth), np.concatenate(predicted), positive) | {"loss": loss / len(examples)}
+    found, truth = np.stack(list(predictions.log_probabilities)), np.stack(list(predictions.labels))
+    loss = -float(found[np.arange(len(truth)), truth].mean(dtype=np.float64))
+    return class_scores(truth, found.argmax(axis=-1), positive) | {"loss": loss}
 
 
 def class_scores(truth: Numbers, predicted: Numbers, positive: int | None = None) -> dict[str, float]:
@@ -145,16 +156,3 @@ def _ndcg(labels: Numbers, scores: Numbers, k: int) -> float:
     gains = 2.0**labels - 1.0
     best = float((np.sort(gains)[::-1] * discounts).sum())
     return float((gains * _expected(discounts, scores)).sum()) / best
-
-
-def predicted_tags(logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str]) -> list[list[str]]:
-    """Tags of each sentence's labelled positions, in order.
-
-    Args:
-        logits: [batch, tokens, classes].
-        labels: [batch, tokens], `NO_LABEL` where a position has none.
-        names: of the classes.
-    """
-    best = logits.argmax(dim=-1).cpu().numpy()
-    kept = (labels != NO_LABEL).cpu().numpy()
-    return [[names[label] for label in row[mask]] for row, mask in zip(best, kept, strict=True)]

@@ -8,9 +8,10 @@ import torch
 from pydantic import BaseModel, Field
 from torch import nn
 
+from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import DataReport, Examples
 from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition
-from fedkd_flwr.tasks.scores import classification_scores
+from fedkd_flwr.tasks.scores import classification_scores, predict
 from fedkd_flwr.tasks.source import DataSource, column_values, require_text
 from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, read_labels
 from fedkd_flwr.tasks.text import TextTask, TextTaskOptions, TokenExamples, by_length, inputs_of, read_sequences
@@ -91,9 +92,13 @@ class TextClassification(TextTask):
         """Labels of each client, and what was left out or cut off."""
         return self._report
 
-    def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+    def predict(self, model: nn.Module, examples: Examples) -> Predictions:
+        """Log-probabilities of the classes of each example."""
+        return predict(self, model, examples)
+
+    def score(self, predictions: Predictions, examples: Examples) -> dict[str, float]:
         """Accuracy and macro-F1, those of the positive class where one is named, in [0, 1]; loss in nats."""
-        return classification_scores(self, model, examples, self._positive)
+        return classification_scores(predictions, self._positive)
 
     def _pieces(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         names = (self._columns.text, self._columns.text_pair)

@@ -14,10 +14,11 @@ import torch
 from pydantic import BaseModel, Field
 from torch import nn
 
-from fedkd_flwr.core.losses import NO_LABEL, cross_entropy
+from fedkd_flwr.core.losses import NO_LABEL
+from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import DataReport, Examples
 from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition, client_notes
-from fedkd_flwr.tasks.scores import EVALUATION_BATCH, entity_scores, entity_spans, predicted_tags
+from fedkd_flwr.tasks.scores import entity_scores, entity_spans, predict
 from fedkd_flwr.tasks.source import DataSource, column_values, require_column
 from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out
 from fedkd_flwr.tasks.text import TextTask, TextTaskOptions, TokenExamples, by_length, inputs_of, read_sequences
@@ -144,25 +145,24 @@ class TokenClassification(TextTask):
         """Entities of each type on each client, and what was left out or cut off."""
         return self._report
 
-    def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
+    def predict(self, model: nn.Module, examples: Examples) -> Predictions:
+        """Log-probabilities of the tags of each sentence's words, as far as `max_length` lets them in."""
+        return predict(self, model, examples)
+
+    def score(self, predictions: Predictions, examples: Examples) -> dict[str, float]:
         """Entity-level F1, precision, recall, and accuracy of tags, in [0, 1]; loss in nats for each word.
 
         A word beyond `max_length` counts as predicted outside of any entity: what is cut off is missed.
         """
         assert isinstance(examples, TaggedExamples)
-        model.eval()
         predicted = [[OUTSIDE] * len(tags) for tags in examples.tags]
-        loss, num_labels, sentence = 0.0, 0, 0
-        with torch.inference_mode():
-            for batch in examples.batches(EVALUATION_BATCH):
-                out = self.forward(model, batch, hidden_states=False, attentions=False)
-                labelled = int((out.labels != NO_LABEL).sum())
-                loss += float(cross_entropy(out.logits, out.labels)) * labelled
-                num_labels += labelled
-                for tags in predicted_tags(out.logits, out.labels, self._label_names):
-                    for word, tag in zip(examples.words[sentence].tolist(), tags, strict=True):
-                        predicted[sentence][word] = tag
-                    sentence += 1
+        loss, num_labels = 0.0, 0
+        found = zip(predicted, examples.words, predictions.log_probabilities, predictions.labels, strict=True)
+        for tags, words, of_words, labels in found:
+            for word, label in zip(words.tolist(), of_words.argmax(axis=-1), strict=True):
+                tags[word] = self._label_names[label]
+            loss -= float(np.take_along_axis(of_words, labels[:, None], axis=-1).sum(dtype=np.float64))
+            num_labels += len(labels)
         right = sum(a == b for pair in zip(examples.tags, predicted, strict=True) for a, b in zip(*pair, strict=True))
         return entity_scores(examples.tags, predicted) | {
             "accuracy": right / sum(map(len, predicted)),

@@ -9,9 +9,11 @@ from torch import nn
 from fedkd_flwr.algorithms.base import Assignment
 from fedkd_flwr.algorithms.loop import LocalTraining, OptimizerOptions
 from fedkd_flwr.core.arrays import Array, Arrays
+from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs, Task
 from fedkd_flwr.tasks.digits import DigitsOptions, VitOptions
 from fedkd_flwr.tasks.partition import IidPartition
+from fedkd_flwr.tasks.scores import predict
 
 SEED = 11
 FIRST = Assignment(progress=0.0, seed=101)
@@ -96,8 +98,26 @@ class Without:
     def example_batch(self) -> Batch:
         return self._task.example_batch()
 
-    def score(self, model: nn.Module, examples: Examples) -> Mapping[str, float]:
-        return self._task.score(model, examples)
+    def predict(self, model: nn.Module, examples: Examples) -> Predictions:
+        return self._task.predict(model, examples)
+
+    def score(self, predictions: Predictions, examples: Examples) -> Mapping[str, float]:
+        return self._task.score(predictions, examples)
 
     def export(self, model: nn.Module, directory: Path) -> None:
         self._task.export(model, directory)
+
+
+class Counting(Without):
+    """A task that counts how often each model runs, and what it was asked to return."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.calls: list[tuple[int, bool, bool]] = []
+
+    def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
+        self.calls.append((id(model), hidden_states, attentions))
+        return super().forward(model, batch, hidden_states=hidden_states, attentions=attentions)
+
+    def predict(self, model: nn.Module, examples: Examples) -> Predictions:
+        return predict(self, model, examples)

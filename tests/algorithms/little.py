@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedkd_flwr.core.losses import cross_entropy
+from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs
 from fedkd_flwr.tasks.base import TensorExamples
+from fedkd_flwr.tasks.scores import classification_scores, predict
 
 NUM_WORDS, NUM_CLASSES, NUM_TOKENS = 12, 3, 6
 
@@ -109,11 +110,11 @@ class Little:
             class_weights=self._class_weights,
         )
 
-    def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        batch = next(examples.batches(len(examples)))
-        with torch.inference_mode():
-            out = self.forward(model.eval(), batch, hidden_states=False, attentions=False)
-        return {"loss": float(cross_entropy(out.logits, out.labels))}
+    def predict(self, model: nn.Module, examples: Examples) -> Predictions:
+        return predict(self, model, examples)
+
+    def score(self, predictions: Predictions, examples: Examples) -> dict[str, float]:
+        return classification_scores(predictions)
 
     def export(self, model: nn.Module, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)

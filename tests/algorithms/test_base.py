@@ -10,7 +10,7 @@ from fedkd_flwr.algorithms.base import MeanUpdateServer, SharedModel, num_parame
 from fedkd_flwr.compressors.identity import IdentityOptions
 from fedkd_flwr.core.arrays import RunningMean
 from fedkd_flwr.core.modules import read_arrays
-from fedkd_flwr.core.protocols import Task
+from fedkd_flwr.core.protocols import Task, score_of
 from tests.algorithms.conftest import FIRST, SEED, copied, same
 
 
@@ -121,7 +121,7 @@ def test_the_broadcast_is_the_aggregate_itself(task: Task) -> None:
 
 def test_the_server_scores_the_arrays_it_is_given_and_not_the_scratch_module(task: Task) -> None:
     models = task.build_models(SEED)
-    expected = task.score(models.student, task.test_data())
+    expected = score_of(task, models.student, task.test_data())
     shared = SharedModel(task, models.student)
     with torch.no_grad():
         models.student.classifier.weight.zero_()

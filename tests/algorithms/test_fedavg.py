@@ -12,7 +12,7 @@ from fedkd_flwr.algorithms.fedprox import FedProxOptions
 from fedkd_flwr.algorithms.optimizer import OptimizerOptions, RateSchedule
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.modules import read_arrays
-from fedkd_flwr.core.protocols import ClientData, Task
+from fedkd_flwr.core.protocols import ClientData, Task, score_of
 from tests.algorithms.conftest import FIRST, LOCAL, ONE_STEP, SECOND, SEED, SGD, copied, norm, same
 from tests.algorithms.little import Little, Net
 
@@ -82,12 +82,12 @@ def test_evaluation_scores_the_shared_model_on_the_clients_test_images(task: Tas
     algorithm = FedAvgOptions(model="student", local=LOCAL).build(task, SEED)
     algorithm.client.train(algorithm.shared.initial(), {}, data, FIRST)
     scores = algorithm.client.evaluate(algorithm.shared.initial(), {}, data)
-    assert scores == {"shared": task.score(task.build_models(SEED).student, data.test)}
+    assert scores == {"shared": score_of(task, task.build_models(SEED).student, data.test)}
 
 
 def test_a_client_has_no_model_of_its_own_to_export(task: Task, data: ClientData, tmp_path: Path) -> None:
     algorithm = FedAvgOptions(model="student").build(task, SEED)
-    assert algorithm.client.export_private({}, data, tmp_path / "private") is False
+    assert algorithm.client.export_private(algorithm.shared.initial(), {}, data, tmp_path / "private") is False
     assert not (tmp_path / "private").exists()
 
 

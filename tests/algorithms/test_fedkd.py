@@ -1,20 +1,16 @@
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import ViTForImageClassification
 
-from fedkd_flwr.algorithms.base import Algorithm, Assignment, Trained
-from fedkd_flwr.algorithms.fedavg import FedAvgOptions
-from fedkd_flwr.algorithms.fedkd import FedKDOptions
+from fedkd_flwr.algorithms.base import Assignment
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
-from fedkd_flwr.algorithms.loop import LocalTraining, OptimizerOptions
-from fedkd_flwr.core.arrays import Array, Arrays
+from fedkd_flwr.algorithms.loop import OptimizerOptions
+from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.modules import exchanged_spec, read_arrays, write_arrays
-from fedkd_flwr.core.protocols import ClientData, Task
+from fedkd_flwr.core.predictions import ensemble
+from fedkd_flwr.core.protocols import ClientData, Task, score_of
 from tests.algorithms.conftest import (
     FIRST,
     LOCAL,
@@ -30,42 +26,7 @@ from tests.algorithms.conftest import (
     under,
     vit,
 )
-
-TERMS = ("mutual", "hidden", "attention")
-
-
-def fedkd(task: Task, *on: str, local: LocalTraining = LOCAL, **options: object) -> Algorithm:
-    """FedKD with the terms that are named."""
-    chosen = {**{term: term in on for term in TERMS}, "local": local, **options}
-    return FedKDOptions.model_validate(chosen).build(task, SEED)
-
-
-def train(
-    algorithm: Algorithm, data: ClientData, private: Arrays | None = None, assignment: Assignment = FIRST
-) -> Trained:
-    kept = algorithm.client.initial_private(data) if private is None else private
-    return algorithm.client.train(algorithm.shared.initial(), kept, data, assignment)
-
-
-def upload(algorithm: Algorithm, data: ClientData) -> Arrays:
-    sent = train(algorithm, data).upload
-    assert sent is not None
-    return sent
-
-
-def teacher_of(trained: Trained) -> dict[str, Array]:
-    return under("teacher/", trained.private)
-
-
-def student_alone(task: Task, data: ClientData, local: LocalTraining = LOCAL, **options: object) -> Arrays:
-    """What the student uploads without a teacher: FedAvg of it."""
-    return upload(FedAvgOptions.model_validate({"model": "student", "local": local, **options}).build(task, SEED), data)
-
-
-def teacher_alone(task: Task, data: ClientData, local: LocalTraining = LOCAL) -> dict[str, Array]:
-    """What the teacher becomes in one round without a student."""
-    trained = train(LocalOnlyOptions(model="teacher", local=local).build(task, SEED), data)
-    return under("model/", trained.private)
+from tests.algorithms.rounds import TERMS, fedkd, student_alone, teacher_alone, teacher_of, train, upload
 
 
 @pytest.mark.parametrize("optimizer", [OptimizerOptions(), OptimizerOptions(max_grad_norm=0.1), SGD], ids=str)
@@ -390,13 +351,16 @@ def test_models_without_attention_maps_train_when_the_term_is_off(task: Task, da
     assert norm(upload(fedkd(Without(task, attentions=()), "mutual", "hidden"), data)) > 0
 
 
-def test_evaluation_scores_the_student_as_shared_and_the_clients_teacher(task: Task, data: ClientData) -> None:
+def test_evaluation_scores_the_student_as_shared_the_clients_teacher_and_both(task: Task, data: ClientData) -> None:
     algorithm = fedkd(task, *TERMS)
     trained = train(algorithm, data)
     models = task.build_models(SEED)
-    expected: dict[str, Mapping[str, float]] = {"shared": task.score(models.student, data.test)}
+    expected: dict[str, Mapping[str, float]] = {"shared": score_of(task, models.student, data.test)}
     write_arrays(models.teacher, teacher_of(trained))
-    expected["private"] = task.score(models.teacher, data.test)
+    expected["private"] = score_of(task, models.teacher, data.test)
+    both = ensemble(task.predict(models.student, data.test), task.predict(models.teacher, data.test))
+    expected["ensemble"] = task.score(both, data.test)
+    assert len({tuple(scores.values()) for scores in expected.values()}) == 3
     assert algorithm.client.evaluate(algorithm.shared.initial(), trained.private, data) == expected
     assert (
         algorithm.client.evaluate(algorithm.shared.initial(), algorithm.client.initial_private(data), data) != expected
@@ -406,88 +370,5 @@ def test_evaluation_scores_the_student_as_shared_and_the_clients_teacher(task: T
 def test_the_server_scores_the_student(task: Task, data: ClientData) -> None:
     algorithm = fedkd(task, *TERMS)
     train(algorithm, data)
-    expected = task.score(task.build_models(SEED).student, task.test_data())
+    expected = score_of(task, task.build_models(SEED).student, task.test_data())
     assert algorithm.server.evaluate(algorithm.shared.initial(), task.test_data()) == expected
-
-
-def test_the_private_model_that_is_exported_is_the_teacher(task: Task, data: ClientData, tmp_path: Path) -> None:
-    algorithm = fedkd(task, *TERMS)
-    trained = train(algorithm, data)
-    assert algorithm.client.export_private(trained.private, data, tmp_path / "teacher") is True
-    loaded = ViTForImageClassification.from_pretrained(tmp_path / "teacher")
-    assert same(read_arrays(loaded), teacher_of(trained))
-
-
-def skewed(data: ClientData, counts: tuple[int, ...] | None) -> ClientData:
-    """The same examples, as if they had other labels."""
-    return replace(data, label_counts=counts)
-
-
-def test_a_client_counts_the_labels_it_learns_from(task: Task, data: ClientData) -> None:
-    labels = torch.cat([batch["labels"] for batch in data.train.batches(64)])
-    assert data.label_counts == tuple(int((labels == digit).sum()) for digit in range(10))
-
-
-def test_logit_adjustment_is_training_on_logits_plus_the_logarithm_of_the_shares(task: Task, data: ClientData) -> None:
-    """One step of SGD on one batch: the bias moves by the rate times the labels' shares less the mean probabilities."""
-    counts = (60, 30, 10, 5, 0, 0, 0, 0, 5, 5)
-    sent = upload(fedkd(task, local=ONE_STEP, student_optimizer=SGD, logit_adjustment=2.0), skewed(data, counts))
-    student = task.build_models(SEED).student.train()
-    batch = next(iter(data.train.batches(128)))
-    logits = task.forward(student, batch, hidden_states=False, attentions=False).logits.detach()
-    shares = (torch.tensor(counts) + 1) / (sum(counts) + 10)
-    probabilities = (logits + 2.0 * shares.log()).softmax(dim=-1).mean(dim=0)
-    labels = torch.nn.functional.one_hot(batch["labels"], 10).double().mean(dim=0)
-    moved = SGD.learning_rate * (labels - probabilities)
-    np.testing.assert_allclose(sent["classifier.bias"], moved.numpy(), atol=2e-7)
-
-
-def test_equal_shares_adjust_nothing(task: Task, data: ClientData) -> None:
-    even = skewed(data, (7,) * 10)
-    plain, adjusted = (
-        upload(fedkd(task, "mutual", student_optimizer=SGD, logit_adjustment=tau), even) for tau in (0.0, 1.0)
-    )
-    assert norm({name: plain[name] - adjusted[name] for name in plain}) < 1e-3 * norm(plain)
-
-
-def test_fedavg_of_the_student_is_adjusted_alike(task: Task, data: ClientData) -> None:
-    counts = skewed(data, (60, 30, 10, 5, 0, 0, 0, 0, 5, 5))
-    assert same(upload(fedkd(task, logit_adjustment=1.0), counts), student_alone(task, counts, logit_adjustment=1.0))
-    assert not same(upload(fedkd(task), counts), student_alone(task, counts, logit_adjustment=1.0))
-
-
-def test_labels_that_are_no_classes_can_not_be_adjusted(task: Task, data: ClientData) -> None:
-    with pytest.raises(ValueError, match=r"algorithm\.logit_adjustment: this task's labels are no classes"):
-        train(fedkd(task, logit_adjustment=1.0), skewed(data, None))
-
-
-@pytest.mark.parametrize("trust", ["right", "probability"])
-def test_trust_changes_what_both_models_learn(task: Task, data: ClientData, trust: str) -> None:
-    everywhere, trusted = (train(fedkd(task, "mutual", trust=chosen), data) for chosen in ("all", trust))
-    assert everywhere.upload and trusted.upload
-    assert not same(everywhere.upload, trusted.upload)
-    assert not same(teacher_of(everywhere), teacher_of(trusted))
-
-
-def test_guidance_grows_over_the_warm_up_while_the_teacher_learns_in_full(task: Task, data: ClientData) -> None:
-    def guided(warmup: float, end: float) -> Trained:
-        algorithm = fedkd(task, "mutual", guide_warmup=warmup, student_optimizer=SGD, local=ONE_STEP)
-        return train(algorithm, data, assignment=Assignment(0.0, FIRST.seed, end=end))
-
-    alone = student_alone(task, data, ONE_STEP, optimizer=SGD)
-
-    def pull(trained: Trained) -> dict[str, Array]:
-        assert trained.upload is not None
-        return {name: trained.upload[name] - alone[name] for name in alone}
-
-    full, half, late = guided(0.0, 0.1), guided(0.4, 0.2), guided(0.4, 0.9)
-    assert same(teacher_of(full), teacher_of(half))
-    assert norm(pull(half)) == pytest.approx(norm(pull(full)) / 2, rel=1e-3)
-    assert full.upload and late.upload and same(full.upload, late.upload)
-
-
-def test_the_student_pays_for_leaving_the_shared_model_and_the_teacher_does_not(task: Task, data: ClientData) -> None:
-    free, bound = (train(fedkd(task, proximal_mu=mu, student_optimizer=SGD), data) for mu in (0.0, 5.0))
-    assert free.upload and bound.upload
-    assert norm(bound.upload) < 0.8 * norm(free.upload)
-    assert same(teacher_of(free), teacher_of(bound))

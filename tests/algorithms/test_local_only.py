@@ -10,7 +10,7 @@ from fedkd_flwr.algorithms.loop import Optimizer, OptimizerOptions, train_superv
 from fedkd_flwr.compressors.identity import IdentityOptions
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.modules import read_arrays, write_arrays
-from fedkd_flwr.core.protocols import ClientData, Task
+from fedkd_flwr.core.protocols import ClientData, Task, score_of
 from tests.algorithms.conftest import FIRST, LOCAL, SECOND, SEED, copied, same, under
 from tests.algorithms.little import Little, Net
 
@@ -74,14 +74,14 @@ def test_evaluation_scores_the_private_model_that_it_is_given(task: Task, data: 
     expected = []
     for private in (version_0, trained):
         write_arrays(module, private, "model/")
-        expected.append({"private": task.score(module, data.test)})
+        expected.append({"private": score_of(task, module, data.test)})
     assert expected[0] != expected[1]
     assert [client.evaluate({}, private, data) for private in (version_0, trained)] == expected
 
 
 def test_the_private_model_is_exported(task: Task, data: ClientData, tmp_path: Path) -> None:
     client = OPTIONS.build(task, SEED).client
-    assert client.export_private(client.initial_private(data), data, tmp_path / "private") is True
+    assert client.export_private({}, client.initial_private(data), data, tmp_path / "private") is True
     loaded = ViTForImageClassification.from_pretrained(tmp_path / "private")
     assert same(read_arrays(loaded), under("model/", client.initial_private(data)))
 
@@ -115,7 +115,7 @@ def test_each_client_trains_the_teacher_that_it_has() -> None:
         data = little.client_data(index)
         module = (models.teacher, *models.other_teachers)[index]
         write_arrays(module, private, "model/")
-        assert client.evaluate({}, private, data) == {"private": little.score(module, data.test)}
+        assert client.evaluate({}, private, data) == {"private": score_of(little, module, data.test)}
         later = client.train({}, private, data, SECOND).private
         assert later.keys() == private.keys()
         with pytest.raises(ValueError, match="needs shape"):
@@ -141,6 +141,6 @@ def test_what_is_frozen_is_not_kept_by_a_client_and_still_there(tmp_path: Path) 
     # Another process builds version 0 anew and knows the client by what it kept.
     elsewhere = LocalOnlyOptions().build(little, SEED).client
     assert elsewhere.evaluate({}, private, data) == client.evaluate({}, private, data)
-    elsewhere.export_private(private, data, tmp_path)
+    elsewhere.export_private({}, private, data, tmp_path)
     exported = load_file(tmp_path / "model.safetensors")
     assert same(exported, whole | under("model/", private))

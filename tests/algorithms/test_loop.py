@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fedkd_flwr.algorithms.base import Assignment
 from fedkd_flwr.algorithms.loop import LocalTraining, forward, run_epochs, train_supervised
 from fedkd_flwr.algorithms.optimizer import Optimizer, OptimizerOptions
-from fedkd_flwr.core.protocols import Batch, ClientData, Outputs, Task
+from fedkd_flwr.core.protocols import Batch, ClientData, Outputs, Task, score_of
 from fedkd_flwr.tasks.base import TensorExamples
 from tests.algorithms.conftest import SGD, same
 from tests.algorithms.little import Little
@@ -77,11 +77,11 @@ def test_what_each_step_measured_comes_back_in_order() -> None:
 
 def test_supervised_training_lowers_the_loss_and_reports_its_mean(task: Task, data: ClientData) -> None:
     module = task.build_models(0).student
-    before = task.score(module, data.train)["loss"]
+    before = score_of(task, module, data.train)["loss"]
     options = OptimizerOptions(learning_rate=0.01)
     local = LocalTraining(num_epochs=3, batch_size=16)
     metrics = train_supervised(task, module, Optimizer(options, module.named_parameters()), data.train, local, of(0))
-    after = task.score(module, data.train)["loss"]
+    after = score_of(task, module, data.train)["loss"]
     assert metrics.keys() == {"train_loss"}
     assert after < metrics["train_loss"] < before
 
@@ -217,9 +217,9 @@ def test_bfloat16_trains_and_leaves_parameters_of_float32(task: Task, data: Clie
         train_supervised(task, module, optimizer, data.train, local, of(0))
         state = optimizer.read_state("")
         assert {value.dtype for name, value in state.items() if not name.endswith("/step")} == {np.dtype(np.float32)}
-        return module, task.score(module, data.train)["loss"]
+        return module, score_of(task, module, data.train)["loss"]
 
-    before = task.score(task.build_models(0).student, data.train)["loss"]
+    before = score_of(task, task.build_models(0).student, data.train)["loss"]
     (half, loss_of_half), (whole, loss_of_whole) = trained("bfloat16"), trained("float32")
     assert {p.dtype for p in half.parameters()} == {torch.float32}
     assert not same(weights(half), weights(whole))

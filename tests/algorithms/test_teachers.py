@@ -91,8 +91,8 @@ def test_evaluation_and_export_are_of_the_clients_own_teacher(
         data = little.client_data(index)
         _, private = one_round(algorithm, data)
         scores = algorithm.client.evaluate(algorithm.shared.initial(), private, data)
-        assert scores.keys() == {"shared", "private"}
-        assert algorithm.client.export_private(private, data, tmp_path / str(index)) is True
+        assert scores.keys() == {"shared", "private", "ensemble"}
+        assert algorithm.client.export_private(algorithm.shared.initial(), private, data, tmp_path / str(index)) is True
         assert same(load_file(tmp_path / str(index) / "model.safetensors"), under("teacher/", private))
 
 
@@ -143,7 +143,7 @@ def test_frozen_tensors_are_not_kept_by_a_client_and_still_there(tmp_path: Path)
         elsewhere = FedKDOptions().build(little, SEED)
         shared = algorithm.shared.initial()
         assert elsewhere.client.evaluate(shared, private, data) == algorithm.client.evaluate(shared, private, data)
-        elsewhere.client.export_private(private, data, tmp_path / str(index))
+        elsewhere.client.export_private(elsewhere.shared.initial(), private, data, tmp_path / str(index))
         exported = load_file(tmp_path / str(index) / "model.safetensors")
         assert same(exported, whole | under("teacher/", private))
     assert "embedding.weight" in algorithm.shared.initial()  # whoever joins must be able to build the student from it

@@ -8,6 +8,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 from transformers import ViTForImageClassification
 
+from fedkd_flwr.core.protocols import score_of
 from fedkd_flwr.tasks.digits import Digits, DigitsOptions, VitOptions
 from fedkd_flwr.tasks.partition import DirichletPartition, IidPartition, PathologicalPartition
 from tests.tasks.conftest import everything, images, state
@@ -186,7 +187,7 @@ def test_the_score_is_sklearns_accuracy_and_log_loss(seed: int) -> None:
     with torch.inference_mode():
         logits = task.forward(model.eval(), batch, hidden_states=False, attentions=False).logits
     probabilities = logits.double().softmax(dim=-1).numpy()
-    score = task.score(model, task.test_data())
+    score = score_of(task, model, task.test_data())
     assert list(score) == ["accuracy", "macro_f1", "loss"]
     assert score["accuracy"] == accuracy_score(batch["labels"], logits.argmax(dim=-1))
     assert score["loss"] == pytest.approx(log_loss(batch["labels"], probabilities, labels=range(10)), rel=1e-5)
@@ -200,7 +201,7 @@ def test_a_model_that_always_answers_one_class_scores_that_classs_share() -> Non
         model.classifier.bias.copy_(torch.eye(10)[3] * 100)
     labels = everything(task.test_data())["labels"]
     share = float((labels == 3).double().mean())
-    score = task.score(model, task.test_data())
+    score = score_of(task, model, task.test_data())
     assert score["accuracy"] == pytest.approx(share)
     assert score["loss"] == pytest.approx(100 * (1 - share), rel=1e-5)
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 
 import client_app
+from fedkd_flwr.core.protocols import score_of
 from fedkd_flwr.experiment import parse
 from fedkd_flwr.flower.in_process import run_in_process
 from fedkd_flwr.measure.summary import read_summary
@@ -181,7 +182,7 @@ def test_a_model_that_always_answers_one_class_scores_that_classs_share(stored: 
     with torch.no_grad():
         model.classifier.weight.zero_()
         model.classifier.bias.copy_(torch.eye(NUM_CLASSES)[1] * 100)
-    score = task.score(model, task.test_data())
+    score = score_of(task, model, task.test_data())
     assert list(score) == ["accuracy", "macro_f1", "loss"]
     assert score["accuracy"] == pytest.approx(1 / NUM_CLASSES)
     assert score["loss"] == pytest.approx(100 * (1 - 1 / NUM_CLASSES), rel=1e-5)

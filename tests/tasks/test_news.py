@@ -7,6 +7,7 @@ from datasets import Dataset
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
+from fedkd_flwr.core.protocols import score_of
 from fedkd_flwr.experiment import ConfigError, parse
 from fedkd_flwr.tasks.news_recommendation import NewsRecommendation
 from tests.tasks.conftest import BEGIN, END, UNKNOWN, write_tokenizer
@@ -140,7 +141,7 @@ def test_an_article_without_any_piece_can_be_read(tmp_path: Path, build: Build) 
     plain.save_pretrained(tmp_path / "tokenizer")
     task = build(write_lists(tmp_path / "data", news, train, test), tokenizer=str(tmp_path / "tokenizer"))
     assert words(task, [0]) == [[UNKNOWN]]
-    assert task.score(task.build_models(0).student, task.test_data())["auc"] == pytest.approx(0.5)
+    assert score_of(task, task.build_models(0).student, task.test_data())["auc"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("name", ["dirichlet", "pathological"])

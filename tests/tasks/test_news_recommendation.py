@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 import client_app
+from fedkd_flwr.core.protocols import score_of
 from fedkd_flwr.experiment import parse
 from fedkd_flwr.flower.in_process import run_in_process
 from fedkd_flwr.measure.summary import read_summary
@@ -127,7 +128,7 @@ def test_of_who_read_nothing_what_most_click_is_assumed(tmp_path: Path, build: B
         assert all(gradient.isfinite().all() for gradient in gradients)
         assert isinstance(model, NewsRecommender) and model.heads.unknown_user.grad is not None
         assert model.heads.unknown_user.grad.abs().sum() > 0
-    assert task.score(model, task.test_data())["auc"] == pytest.approx(0.5)
+    assert score_of(task, model, task.test_data())["auc"] == pytest.approx(0.5)
 
 
 def test_what_stands_in_a_gap_does_not_get_into_a_mean(model: NewsRecommender) -> None:
@@ -163,7 +164,7 @@ def test_scores_are_scikit_learns_and_those_of_the_formulas(tmp_path: Path, buil
             assert found / best == pytest.approx(ndcg_score([y], [s], k=k))
             expected[f"ndcg_{k}"].append(found / best)
         expected["loss"] += (np.log(np.exp(s).sum()) - s[y == 1]).tolist()
-    found = task.score(model, examples)
+    found = score_of(task, model, examples)
     assert list(found) == list(expected)
     assert found == pytest.approx({name: np.mean(values) for name, values in expected.items()}, rel=1e-6)
 
@@ -171,11 +172,11 @@ def test_scores_are_scikit_learns_and_those_of_the_formulas(tmp_path: Path, buil
 def test_a_model_that_prefers_nothing_scores_as_chance(task: NewsRecommendation, model: NewsRecommender) -> None:
     nn.init.zeros_(model.heads.projection.weight)
     nn.init.zeros_(model.heads.projection.bias)
-    found = task.score(model, task.test_data())
+    found = score_of(task, model, task.test_data())
     chance = {"auc": 0.5, "mrr": np.mean(1 / np.arange(1, 6)), "loss": np.log(5)}
     assert {name: found[name] for name in chance} == pytest.approx(chance)
     nn.init.constant_(model.heads.projection.bias, float("nan"))
-    diverged = task.score(model, task.test_data())
+    diverged = score_of(task, model, task.test_data())
     assert np.isnan(diverged["loss"]) and diverged["auc"] == 0.5
 
 
@@ -197,7 +198,7 @@ def test_the_student_begins_as_the_first_layers_of_its_teacher_with_its_heads(
     several = build(stored, teacher=source, other_teachers=other)
     assert [several.client_data(client).teacher for client in range(3)] == [0, 1, 0]
     (narrow,) = several.build_models(0).other_teachers
-    assert np.isfinite(several.score(narrow, several.test_data())["loss"])
+    assert np.isfinite(score_of(several, narrow, several.test_data())["loss"])
 
 
 def test_hidden_states_and_attention_maps_are_the_articles(task: NewsRecommendation) -> None:
@@ -215,7 +216,7 @@ def test_hidden_states_and_attention_maps_are_the_articles(task: NewsRecommendat
 def test_an_export_scores_the_same(task: NewsRecommendation, model: NewsRecommender, tmp_path: Path) -> None:
     task.export(model, tmp_path)
     loaded = load_recommender(tmp_path)
-    assert task.score(loaded, task.test_data()) == task.score(model, task.test_data())
+    assert score_of(task, loaded, task.test_data()) == score_of(task, model, task.test_data())
     encoder = AutoModel.from_pretrained(tmp_path)
     assert all(torch.equal(value, state(encoder)[name]) for name, value in state(model.encoder).items())
     assert AutoTokenizer.from_pretrained(tmp_path)("t0w0")["input_ids"] == [BEGIN, len(SPECIAL), END]

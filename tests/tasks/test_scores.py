@@ -2,13 +2,11 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, ndcg_score, precision_score, recall_score, roc_auc_score
 
-from fedkd_flwr.core.losses import NO_LABEL
-from fedkd_flwr.tasks.scores import class_scores, entity_scores, entity_spans, predicted_tags, ranking_scores
+from fedkd_flwr.tasks.scores import class_scores, entity_scores, entity_spans, ranking_scores
 
 
 @pytest.mark.parametrize("num_classes", [2, 5])
@@ -99,12 +97,6 @@ def test_no_sentences_at_all_have_no_entity_to_miss() -> None:
 def test_as_many_sentences_must_be_predicted_as_there_are() -> None:
     with pytest.raises(ValueError):
         entity_scores([["O"]], [])
-
-
-def test_tags_are_read_where_there_are_labels() -> None:
-    logits = torch.nn.functional.one_hot(torch.tensor([[0, 1, 2, 1], [2, 0, 0, 0]]), 3).float()
-    labels = torch.tensor([[NO_LABEL, 0, NO_LABEL, 0], [0, NO_LABEL, NO_LABEL, NO_LABEL]])
-    assert predicted_tags(logits, labels, ("O", "B-X", "I-X")) == [["B-X", "B-X"], ["I-X"]]
 
 
 def numbers(*values: float) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from fedkd_flwr.core.losses import DistillationTerms, Side, attention_mse, hidden_mse, own_loss, task_loss
-from fedkd_flwr.core.protocols import Batch, Examples, Models, Outputs, Task
+from fedkd_flwr.core.protocols import Batch, Examples, Models, Outputs, Task, score_of
 from fedkd_flwr.tasks.text_classification import TextClassification, TextClassificationOptions
 from tests.tasks.conftest import BEGIN, END, PAD, UNKNOWN, one_round, state, write_splits, write_tokenizer
 
@@ -325,7 +325,7 @@ def test_a_score_is_that_of_the_predictions(data: str, tiny_bert: Path) -> None:
     batch = batch_of(task.test_data())
     with torch.no_grad():
         out = task.forward(model, batch, hidden_states=False, attentions=False)
-    scores = task.score(model, task.test_data())
+    scores = score_of(task, model, task.test_data())
     predicted = out.logits.argmax(dim=-1)
     assert next(iter(scores)) == "f1"
     assert scores["accuracy"] == pytest.approx(float((predicted == batch["labels"]).float().mean()))
@@ -343,7 +343,7 @@ def test_the_positive_class_goes_by_name_or_number(chosen: str | int, data: str,
     with torch.no_grad():
         model.classifier.weight.zero_()
         model.classifier.bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
-    scores = task.score(model, task.test_data())
+    scores = score_of(task, model, task.test_data())
     assert (scores["recall"], scores["precision"]) == (1.0, scores["accuracy"])
 
 
@@ -435,7 +435,7 @@ def test_an_export_is_loaded_by_the_library_and_gives_the_same_accuracy_on_texts
     classify = pipeline("text-classification", model=str(tmp_path / "export"), device="cpu")
     answers = [answer["label"] for answer in classify(TEST["text"])]
     accuracy = np.mean([answer == KINDS[label] for answer, label in zip(answers, TEST["label"], strict=True)])
-    assert accuracy == pytest.approx(task.score(models.student, task.test_data())["accuracy"])
+    assert accuracy == pytest.approx(score_of(task, models.student, task.test_data())["accuracy"])
     assert accuracy > 0.7
 
 

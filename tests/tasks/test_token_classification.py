@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, AutoTokenizer, RobertaTokenizer, pipeline
 
 from fedkd_flwr.core.losses import NO_LABEL, cross_entropy, distillation, task_loss
-from fedkd_flwr.core.protocols import Batch, Examples
+from fedkd_flwr.core.protocols import Batch, Examples, score_of
 from fedkd_flwr.tasks.token_classification import TaggedExamples, TokenClassification, TokenClassificationOptions
 from tests.tasks.conftest import one_round, state, write_splits
 
@@ -116,7 +116,7 @@ def test_a_word_without_pieces_has_a_tag_and_no_label(tiny_bert: Path, tmp_path:
         [NO_LABEL, OUTSIDE, DISEASE, NO_LABEL],
         [NO_LABEL, OUTSIDE, OUTSIDE, NO_LABEL],  # an empty word is an unknown one
     ]
-    scores = task.score(Fake(tiny_bert, RIGHT | {"drug": 0}), task.test_data())
+    scores = score_of(task, Fake(tiny_bert, RIGHT | {"drug": 0}), task.test_data())
     assert (scores["precision"], scores["recall"], scores["accuracy"]) == (1.0, 0.5, 5 / 6)
     assert task.data_report().notes == ()
 
@@ -124,7 +124,7 @@ def test_a_word_without_pieces_has_a_tag_and_no_label(tiny_bert: Path, tmp_path:
 def test_what_is_cut_off_is_missed_and_noted(tiny_bert: Path, tmp_path: Path) -> None:
     rows = tagged([["fever", "so", "so", "fever", "fever"], ["fever", "so", "so", "fever"]])
     task = on_the_server(tmp_path, tiny_bert, rows, max_length=6)
-    scores = task.score(Fake(tiny_bert, RIGHT), task.test_data())
+    scores = score_of(task, Fake(tiny_bert, RIGHT), task.test_data())
     assert scores["precision"] == 1.0
     assert scores["recall"] == pytest.approx(4 / 5)
     assert scores["accuracy"] == pytest.approx(8 / 9)
@@ -331,7 +331,7 @@ def test_sentences_without_entities_are_a_class_of_their_own_for_a_partition(tin
 
 def test_a_perfect_model_finds_every_entity(data: str, tiny_bert: Path) -> None:
     task = build(data, tiny_bert)
-    scores = task.score(Fake(tiny_bert, RIGHT), task.test_data())
+    scores = score_of(task, Fake(tiny_bert, RIGHT), task.test_data())
     assert list(scores) == ["f1", "precision", "recall", "accuracy", "loss"]
     assert [scores[name] for name in ("f1", "precision", "recall", "accuracy")] == [1.0] * 4
     assert 0 < scores["loss"] < 0.01
@@ -339,7 +339,7 @@ def test_a_perfect_model_finds_every_entity(data: str, tiny_bert: Path) -> None:
 
 def test_a_model_that_finds_nothing_scores_nothing(data: str, tiny_bert: Path) -> None:
     task = build(data, tiny_bert)
-    scores = task.score(Fake(tiny_bert, {}), task.test_data())
+    scores = score_of(task, Fake(tiny_bert, {}), task.test_data())
     assert [scores[name] for name in ("f1", "precision", "recall")] == [0.0] * 3
     assert 0.5 < scores["accuracy"] < 1.0
 
@@ -347,7 +347,7 @@ def test_a_model_that_finds_nothing_scores_nothing(data: str, tiny_bert: Path) -
 def test_what_a_model_says_of_later_pieces_and_of_padding_does_not_count(data: str, tiny_bert: Path) -> None:
     task = build(data, tiny_bert)
     noise = {"##pir": 3, "##in": 4, "##s": 1, "[CLS]": 1, "[SEP]": 2, "[PAD]": 3}
-    assert task.score(Fake(tiny_bert, RIGHT | noise), task.test_data())["f1"] == 1.0
+    assert score_of(task, Fake(tiny_bert, RIGHT | noise), task.test_data())["f1"] == 1.0
 
 
 def test_the_loss_is_the_mean_over_words(data: str, tiny_bert: Path) -> None:
@@ -356,7 +356,7 @@ def test_the_loss_is_the_mean_over_words(data: str, tiny_bert: Path) -> None:
     with torch.no_grad():
         out = task.forward(model, batch_of(task.test_data()), hidden_states=False, attentions=False)
     expected = nn.functional.cross_entropy(out.logits.flatten(0, 1), out.labels.flatten())
-    assert task.score(model, task.test_data())["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert score_of(task, model, task.test_data())["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_positions_without_a_label_give_no_gradient(data: str, tiny_bert: Path) -> None:

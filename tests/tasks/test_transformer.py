@@ -437,7 +437,7 @@ def test_clients_may_have_another_teacher(tiny_bert: Path, tmp_path: Path, make_
     head = "teacher/classifier.weight"
     assert (of_first.private[head].shape, of_second.private[head].shape) == ((2, 16), (2, 8))
     scores = algorithm.client.evaluate(algorithm.shared.initial(), of_second.private, task.client_data(1))
-    assert scores.keys() == {"shared", "private"}
+    assert scores.keys() == {"shared", "private", "ensemble"}
 
 
 def test_each_client_has_one_teacher_and_exists(make_task: MakeTask) -> None:

@@ -16,10 +16,11 @@ from torch import nn
 
 from fedkd_flwr.compressors.payload import PayloadError
 from fedkd_flwr.core.arrays import Array, Arrays, Spec, require_finite
-from fedkd_flwr.core.losses import cross_entropy
 from fedkd_flwr.core.modules import prefixed
+from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs
 from fedkd_flwr.tasks.base import TensorExamples
+from fedkd_flwr.tasks.scores import classification_scores, predict
 
 PER_CLIENT = 30
 STEP = 2.0**-7
@@ -53,12 +54,11 @@ class Points:
     def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
         return Outputs(model(batch["points"]), batch["labels"])
 
-    def score(self, model: nn.Module, examples: Examples) -> dict[str, float]:
-        batch = next(examples.batches(len(examples)))
-        with torch.inference_mode():
-            out = self.forward(model.eval(), batch, hidden_states=False, attentions=False)
-        correct = (out.logits.argmax(dim=-1) == out.labels).float().mean()
-        return {"accuracy": float(correct), "loss": float(cross_entropy(out.logits, out.labels))}
+    def predict(self, model: nn.Module, examples: Examples) -> Predictions:
+        return predict(self, model, examples)
+
+    def score(self, predictions: Predictions, examples: Examples) -> dict[str, float]:
+        return classification_scores(predictions)
 
     def export(self, model: nn.Module, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
