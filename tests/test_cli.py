@@ -40,7 +40,10 @@ def conf(tmp_path: Path) -> str:
         ("num_round=3", "num_round: unknown key; allowed: name, seed, num_clients, num_rounds"),
         ("num_rounds=0", "num_rounds: must be greater than or equal to 1, got 0"),
         ("num_clients=many", "num_clients: must be a whole number, got 'many'"),
-        ("algorithm.name=fedsgd", "algorithm.name: must be one of 'fedavg', 'fedkd', 'fedprox', 'local_only', got"),
+        (
+            "algorithm.name=fedsgd",
+            "algorithm.name: must be one of 'fedavg', 'fedkd', 'fedkd_paper', 'fedprox', 'local_only', got",
+        ),
         ("compressor.energy_start=1.5", "compressor.energy_start: must be less than or equal to 1, got 1.5"),
         ("task.partition.alfa=1", "task.partition.alfa: unknown key; allowed: name"),
         ("task.student.num_layers=3", "task: student.num_layers must be at most teacher.num_layers (2), got 3"),

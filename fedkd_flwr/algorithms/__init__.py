@@ -3,12 +3,14 @@
 from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions
 from fedkd_flwr.algorithms.fedavg import FedAvgOptions
 from fedkd_flwr.algorithms.fedkd import FedKDOptions
+from fedkd_flwr.algorithms.fedkd_paper import FedKDPaperOptions
 from fedkd_flwr.algorithms.fedprox import FedProxOptions
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
 
 ALGORITHMS: dict[str, type[AlgorithmOptions]] = {
     "fedavg": FedAvgOptions,
     "fedkd": FedKDOptions,
+    "fedkd_paper": FedKDPaperOptions,
     "fedprox": FedProxOptions,
     "local_only": LocalOnlyOptions,
 }

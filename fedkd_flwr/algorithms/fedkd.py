@@ -58,7 +58,11 @@ class FedKDOptions(AlgorithmOptions):
         hidden_warmup_rounds: rounds of a client in which W_h learns before the teacher follows the hidden term. It
             matters only between models of different width, where W_h begins as a random map.
         trust: how far each model follows the other on each example: "all", everywhere alike; "right", only where the
-            other is right; "probability", as much as the probability that the other gives to the label.
+            other is right; "probability", as much as the probability that the other gives to the label; "better", only
+            where the other gives the label a higher probability than it does itself.
+        student_guidance: factor on all that the student learns from the teacher, so that L_s = L_s_task + factor *
+            (L_s_d + L_s_h); the paper has 1.
+        teacher_guidance: likewise on what the teacher learns from the student.
         guide_warmup: share of the run over which the student's guidance grows from nothing to its full weight, in
             [0, 1); the teacher learns first.
         logit_adjustment: strength tau of logit adjustment: on each client the student learns with tau * log P(class)
@@ -85,6 +89,8 @@ class FedKDOptions(AlgorithmOptions):
     layer_map: tuple[int, ...] | None = None
     hidden_warmup_rounds: int = Field(1, ge=0)
     trust: Trust = "all"
+    student_guidance: float = Field(1.0, gt=0)
+    teacher_guidance: float = Field(1.0, gt=0)
     guide_warmup: float = Field(0.0, ge=0, lt=1)
     logit_adjustment: float = Field(0.0, ge=0)
     proximal_mu: float = Field(0.0, ge=0)
@@ -247,7 +253,7 @@ class FedKDClient:
             guided: factor of the student's guidance, in [0, 1].
             teacher_follows_hidden: whether the teacher has the hidden term.
         """
-        terms, local = teacher.terms, self._options.local
+        terms, options, local = teacher.terms, self._options, self._options.local
         run = partial(
             forward, self._task, batch=batch, local=local, hidden_states=terms.hidden, attentions=terms.attention
         )
@@ -258,8 +264,10 @@ class FedKDClient:
         weight = divisor if terms.adaptive else torch.ones(())
         mask = of_student.token_mask
         learner = guide if teacher_follows_hidden else Side(guide.logits, guide.task, None, guide.attentions)
-        student_loss = own_loss(student, guide, of_student.labels, weight / guided, terms, mask)
-        teacher_loss = own_loss(learner, student, of_student.labels, weight, terms, mask)
+        student_loss = own_loss(
+            student, guide, of_student.labels, weight / guided / options.student_guidance, terms, mask
+        )
+        teacher_loss = own_loss(learner, student, of_student.labels, weight / options.teacher_guidance, terms, mask)
         measures = {
             "train_loss": student.task.detach(),
             "teacher_train_loss": guide.task.detach(),

@@ -17,7 +17,7 @@ from fedkd_flwr.core.protocols import Outputs
 
 NO_LABEL = -100  # torch's own ignore_index
 
-Trust = Literal["all", "right", "probability"]
+Trust = Literal["all", "right", "probability", "better"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -85,8 +85,8 @@ def distillation(
         labels: [...]; only positions other than -100 count.
         temperature: > 0.
         trust: where the guide is followed: "all", everywhere alike; "right", where the class it finds likeliest is the
-            label; "probability", as much as the probability that it gives to the label. Positions where it is not
-            followed add 0 to the mean.
+            label; "probability", as much as the probability that it gives to the label; "better", where it gives the
+            label a higher probability than the learner does. Positions where it is not followed add 0 to the mean.
     """
     labelled = labels != NO_LABEL
     log_p = (torch.where(labelled[..., None], learner_logits, 0.0) / temperature).log_softmax(dim=-1)
@@ -94,15 +94,18 @@ def distillation(
     # Positions without a label are equal on both sides now, so they add nothing.
     divergence = kl_divergence(log_p, log_q)
     if trust != "all":
-        divergence = divergence * _trusted(guide_logits.detach(), labels.clamp(min=0), trust)
+        divergence = divergence * _trusted(learner_logits.detach(), guide_logits.detach(), labels.clamp(min=0), trust)
     return temperature**2 * divergence.sum() / labelled.sum().clamp(min=1)
 
 
-def _trusted(guide_logits: Tensor, labels: Tensor, trust: Trust) -> Tensor:
+def _trusted(learner_logits: Tensor, guide_logits: Tensor, labels: Tensor, trust: Trust) -> Tensor:
     """How far the guide is followed at each position, in [0, 1]."""
     if trust == "right":
         return (guide_logits.argmax(dim=-1) == labels).to(guide_logits.dtype)
-    return guide_logits.softmax(dim=-1).gather(-1, labels[..., None])[..., 0]
+    of_learner, of_guide = (
+        logits.softmax(dim=-1).gather(-1, labels[..., None])[..., 0] for logits in (learner_logits, guide_logits)
+    )
+    return of_guide if trust == "probability" else (of_guide > of_learner).to(of_guide.dtype)
 
 
 def masked_mse(learner: Tensor, guide: Tensor, mask: Tensor | None = None) -> Tensor:

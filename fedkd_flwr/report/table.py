@@ -19,8 +19,9 @@ COLUMNS = (
 )
 LEGEND = (
     "shared model: on the server's test set after the last round, and its mean over the last 3 rounds; local: on the "
-    "clients' own test data; private: what never leaves a client; both: the mean of their probabilities. MB: per client over the whole run, every serialised "
-    "message; fewer bytes: than dense FedAvg of the teacher with the same participation."
+    "clients' own test data; private: what never leaves a client; both: the mean of their probabilities. MB: per "
+    "client over the whole run, every serialised message; fewer bytes: than dense FedAvg of the teacher with the same "
+    "participation."
 )
 
 

@@ -16,8 +16,9 @@ from tests.algorithms.conftest import (
     SGD,
     norm,
     same,
+    under,
 )
-from tests.algorithms.rounds import fedkd, student_alone, teacher_of, train, upload
+from tests.algorithms.rounds import TERMS, fedkd, student_alone, teacher_of, train, upload
 
 
 def skewed(data: ClientData, counts: tuple[int, ...] | None) -> ClientData:
@@ -63,7 +64,7 @@ def test_labels_that_are_no_classes_can_not_be_adjusted(task: Task, data: Client
         train(fedkd(task, logit_adjustment=1.0), skewed(data, None))
 
 
-@pytest.mark.parametrize("trust", ["right", "probability"])
+@pytest.mark.parametrize("trust", ["right", "probability", "better"])
 def test_trust_changes_what_both_models_learn(task: Task, data: ClientData, trust: str) -> None:
     everywhere, trusted = (train(fedkd(task, "mutual", trust=chosen), data) for chosen in ("all", trust))
     assert everywhere.upload and trusted.upload
@@ -93,3 +94,22 @@ def test_the_student_pays_for_leaving_the_shared_model_and_the_teacher_does_not(
     assert free.upload and bound.upload
     assert norm(bound.upload) < 0.8 * norm(free.upload)
     assert same(teacher_of(free), teacher_of(bound))
+
+
+@pytest.mark.parametrize(("side", "other"), [("student", "teacher"), ("teacher", "student")])
+def test_guidance_counts_by_its_factor_on_one_side_only(task: Task, data: ClientData, side: str, other: str) -> None:
+    def moved(**options: object) -> dict[str, dict[str, Array]]:
+        algorithm = fedkd(task, *TERMS, local=ONE_STEP, student_optimizer=SGD, teacher_optimizer=SGD, **options)
+        trained = train(algorithm, data)
+        assert trained.upload is not None
+        before = under("teacher/", algorithm.client.initial_private(data))
+        after = teacher_of(trained)
+        return {"student": dict(trained.upload), "teacher": {name: after[name] - before[name] for name in after}}
+
+    # One step of SGD is linear in the loss, so the pull of the guidance grows with its factor.
+    once, twice, thrice = (moved(**{f"{side}_guidance": factor}) for factor in (1.0, 2.0, 3.0))
+    pull = {name: twice[side][name] - once[side][name] for name in once[side]}
+    more = {name: thrice[side][name] - once[side][name] for name in once[side]}
+    assert norm(pull) > 0
+    assert norm(more) == pytest.approx(2 * norm(pull), rel=1e-3)
+    assert same(once[other], thrice[other])

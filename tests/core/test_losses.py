@@ -16,7 +16,6 @@ from fedkd_flwr.core.losses import (
     NO_LABEL,
     DistillationTerms,
     Side,
-    Trust,
     adaptive_divisor,
     attention_mse,
     cross_entropy,
@@ -24,7 +23,6 @@ from fedkd_flwr.core.losses import (
     hidden_mse,
     kl_divergence,
     layer_map,
-    log_prior,
     masked_mse,
     own_loss,
     task_loss,
@@ -622,38 +620,3 @@ def test_nan_logits_without_a_label_reach_neither_loss_nor_gradient() -> None:
     assert learner.grad is not None
     assert torch.isfinite(learner.grad).all()
     assert not learner.grad[1].any()
-
-
-GUIDE = torch.tensor([[2.0, 0.0, -1.0], [0.5, 1.5, 0.0], [0.0, 0.0, 3.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
-LEARNER = torch.tensor([[0.0, 1.0, 0.0], [1.0, -1.0, 0.5], [0.2, 0.1, 0.0], [5.0, 0.0, 0.0]], dtype=torch.float64)
-GOLD = torch.tensor([0, 2, 2, NO_LABEL])  # the guide is right, wrong, right, and not asked
-
-
-def divergences() -> Tensor:
-    return kl_divergence(LEARNER.log_softmax(dim=-1), GUIDE.log_softmax(dim=-1))
-
-
-def test_a_guide_that_is_trusted_where_right_teaches_nothing_where_it_is_wrong() -> None:
-    of_each = divergences()
-    torch.testing.assert_close(distillation(LEARNER, GUIDE, GOLD, trust="right"), (of_each[0] + of_each[2]) / 3)
-
-
-def test_a_guide_that_is_trusted_by_probability_counts_as_much_as_it_gives_to_the_label() -> None:
-    sure = GUIDE.softmax(dim=-1)
-    expected = sum(divergences()[n] * sure[n, GOLD[n]] for n in range(3)) / 3
-    torch.testing.assert_close(distillation(LEARNER, GUIDE, GOLD, trust="probability"), expected)
-
-
-@pytest.mark.parametrize("trust", ["right", "probability"])
-def test_trust_is_a_constant_and_needs_a_label(trust: Trust) -> None:
-    learner, guide = LEARNER.clone().requires_grad_(), GUIDE.clone().requires_grad_()
-    distillation(learner, guide, GOLD, trust=trust).backward()
-    assert guide.grad is None
-    assert not learner.grad[3].any()
-    if trust == "right":
-        assert not learner.grad[1].any()
-
-
-def test_the_log_prior_is_the_smoothed_share_of_each_class() -> None:
-    torch.testing.assert_close(log_prior([3, 0, 1]).exp(), torch.tensor([4.0, 1.0, 2.0]) / 7)
-    assert log_prior([10**9, 0]).isfinite().all()
