@@ -122,7 +122,10 @@ def _build(options: OptimizerOptions, parameters: list[nn.Parameter]) -> torch.o
     spared = [parameter for parameter in parameters if parameter.ndim < 2]
     both = ((decayed, options.weight_decay), (spared, 0.0))
     groups: list[dict[str, Any]] = [{"params": some, "weight_decay": decay} for some, decay in both if some]
+    # One call for all tensors: a model of small layers has many, and spends a quarter of its time in Adam otherwise.
+    # On a GPU torch does likewise by itself.
+    fused = all(parameter.device.type == "cpu" for parameter in parameters) or None
     if options.name == "sgd":
-        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum)
+        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum, fused=fused)
     kind = torch.optim.Adam if options.name == "adam" else torch.optim.AdamW
-    return kind(groups, lr=options.learning_rate)
+    return kind(groups, lr=options.learning_rate, fused=fused)
