@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fedkd_flwr
-from fedkd_flwr.experiment import ConfigError, Experiment, load
+from fedkd_flwr.experiment import ConfigError, Experiment, baselines_of, load
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.inventory import delete_state, kept_states
 from fedkd_flwr.flower.launcher import launch
@@ -23,7 +23,7 @@ from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.flower.server import CONFIG_FILE, check_resumable
 from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
 from fedkd_flwr.measure.ledger import LEDGER_FILE
-from fedkd_flwr.report import read_run, write_model_card, write_report
+from fedkd_flwr.report import read_run, verdict, write_model_card, write_report
 from fedkd_flwr.report.partition import draw_partition
 from fedkd_flwr.report.progress import RunProgress
 from fedkd_flwr.report.table import screen_table
@@ -46,6 +46,9 @@ Config = Annotated[Path, typer.Argument(help="YAML file of an experiment")]
 Configs = Annotated[list[Path], typer.Argument(help="YAML files of experiments")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.key=value, over what the YAML says")]
 InProcess = Annotated[bool, typer.Option("--in-process", help="without Ray, in this process: seconds, deterministic")]
+Baselines = Annotated[
+    bool, typer.Option("--baselines", help="also run what FedKD must beat: its student and its teacher without it")
+]
 Output = Annotated[Path | None, typer.Option("--output-dir", help="for results, over what the YAML says")]
 
 
@@ -107,10 +110,16 @@ def state(
 
 @app.command()
 def compare(
-    confs: Configs, overrides: Overrides = None, in_process: InProcess = False, output_dir: Output = None
+    confs: Configs,
+    overrides: Overrides = None,
+    in_process: InProcess = False,
+    output_dir: Output = None,
+    baselines: Baselines = False,
 ) -> None:
     """Run several experiments, print one table and draw one figure."""
     experiments = [load(conf, overrides or ()) for conf in confs]
+    if baselines:
+        experiments = [each for experiment in experiments for each in (experiment, *baselines_of(experiment))]
     for experiment in experiments:
         _root(experiment, output_dir)
     noted: set[str] = set()
@@ -237,6 +246,8 @@ def _show(directories: list[Path], output: Path | None) -> None:
     runs = [read_run(directory) for directory in directories]
     console = out if out.is_terminal else Console(width=120)
     console.print(screen_table([run.table_row() for run in runs], runs[0].metric))
+    for line in verdict(runs):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
     for what, path in (("figure", figure), ("table", table), *((run.label, run.directory) for run in runs)):
         out.print(f"{what}: {path}", highlight=False, markup=False, soft_wrap=True)
 

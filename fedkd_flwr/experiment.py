@@ -21,6 +21,7 @@ from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.server_options import ServerOptions
 from fedkd_flwr.tasks import TASKS, TaskOptions
 
+_NAME_LENGTH = 64
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # experiment names and client keys become file names
 
 
@@ -126,6 +127,20 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     def _resolved(self) -> str:
         # Written once: a simulation asks for it with every message.
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def baselines_of(experiment: Experiment) -> list[Experiment]:
+    """The same experiment without what its algorithm does beyond others: same clients, same seed, same budget."""
+    found = []
+    for baseline in experiment.algorithm.baselines():
+        changed: dict[str, Any] = {
+            "name": f"{experiment.name[: _NAME_LENGTH - len(baseline.name) - 1]}_{baseline.name}",
+            "algorithm": baseline.algorithm,
+        }
+        if not baseline.compressed:
+            changed["compressor"] = COMPRESSORS["identity"](name="identity")
+        found.append(Experiment(**{**dict(experiment), **changed}))
+    return found
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Experiment:

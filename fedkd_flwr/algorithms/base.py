@@ -12,7 +12,7 @@ direction, carry them. Nothing here says that shared arrays are a model or that 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -144,6 +144,25 @@ class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_na
     @abstractmethod
     def build(self, task: Task, seed: int) -> Algorithm:
         """The algorithm on `task`, its version 0 drawn from `seed`."""
+
+    def baselines(self) -> "Sequence[Baseline]":
+        """What this algorithm must beat to be worth its trouble; none by default."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What an algorithm is measured against, from the same version 0, with the same epochs, batches and optimisers.
+
+    Attributes:
+        name: what distinguishes its runs.
+        algorithm: what it optimises.
+        compressed: whether it goes through the experiment's compressor, or as it is.
+    """
+
+    name: str
+    algorithm: AlgorithmOptions
+    compressed: bool = True
 
 
 def num_parameters(models: Models) -> tuple[int, int]:

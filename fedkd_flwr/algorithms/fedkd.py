@@ -19,14 +19,17 @@ from fedkd_flwr.algorithms.base import (
     Algorithm,
     AlgorithmOptions,
     Assignment,
+    Baseline,
     MeanUpdateServer,
     Metrics,
     SharedModel,
     Trained,
     num_parameters,
 )
+from fedkd_flwr.algorithms.fedavg import FedAvgOptions
 from fedkd_flwr.algorithms.fedprox import proximal_penalty
 from fedkd_flwr.algorithms.guidance import Guidance, Wanted, find_guidance, projections_of
+from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
 from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOptions, forward, prior_of, run_epochs
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.losses import DistillationTerms, Side, Trust, adaptive_divisor, own_loss, task_loss
@@ -123,6 +126,26 @@ class FedKDOptions(AlgorithmOptions):
         shared = SharedModel(task, models.student)
         client = FedKDClient(task, models, shared, self, seed)
         return Algorithm("updates", shared, client, MeanUpdateServer(shared), *num_parameters(models))
+
+    def baselines(self) -> Sequence[Baseline]:
+        """The student without a teacher, the teacher without anyone, and dense FedAvg of the teacher."""
+        teacher, alone = self.teacher_optimizer, self.student_optimizer
+        return (
+            Baseline(
+                "fedavg_student",
+                FedAvgOptions(
+                    model="student", local=self.local, optimizer=alone, keep_moments=self.keep_student_moments
+                ),
+            ),
+            Baseline("local_only", LocalOnlyOptions(model="teacher", local=self.local, optimizer=teacher)),
+            Baseline(
+                "fedavg",
+                FedAvgOptions(
+                    model="teacher", local=self.local, optimizer=teacher, keep_moments=self.keep_student_moments
+                ),
+                compressed=False,
+            ),
+        )
 
 
 class FedKDTeacher:

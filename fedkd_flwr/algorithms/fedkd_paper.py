@@ -5,9 +5,10 @@ Wu et al., "Communication-efficient federated learning via knowledge distillatio
 and energy_end; its mean over clients is uniform, which is the default of `server.aggregator`.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
-from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions
+from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions, Baseline
 from fedkd_flwr.algorithms.fedkd import FedKDOptions
 from fedkd_flwr.algorithms.guidance import Wanted
 from fedkd_flwr.algorithms.loop import LocalTraining, OptimizerOptions
@@ -46,6 +47,14 @@ class FedKDPaperOptions(AlgorithmOptions):
         Raises:
             ValueError: if the layers can't be mapped, or a term asks for what the models don't return.
         """
+        return self.spelt_out().build(task, seed)
+
+    def baselines(self) -> Sequence[Baseline]:
+        """Those of FedKD."""
+        return self.spelt_out().baselines()
+
+    def spelt_out(self) -> FedKDOptions:
+        """The same as options of FedKD, none of them left to a default."""
         return FedKDOptions(
             mutual=True,
             hidden=self.hidden,
@@ -67,4 +76,4 @@ class FedKDPaperOptions(AlgorithmOptions):
             teacher_optimizer=self.teacher_optimizer,
             keep_student_moments=False,
             keep_teacher_moments=True,
-        ).build(task, seed)
+        )

@@ -1,6 +1,5 @@
 """Finished runs, read back from their directories."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,9 @@ from typing import Any
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
 from fedkd_flwr.measure.metrics import last_mean
 from fedkd_flwr.measure.summary import summarise, without_repeats
-from fedkd_flwr.report.figures import Curve, draw_curves
-from fedkd_flwr.report.table import COLUMNS, markdown_table
+from fedkd_flwr.report.figures import Curve
+from fedkd_flwr.report.table import COLUMNS
 
-CURVES_FILE = "curves.png"
-TABLE_FILE = "table.md"
 MEGABYTE = 1e6
 AVERAGED_ROUNDS = 3
 
@@ -94,25 +91,6 @@ def read_run(directory: Path) -> RunResult:
     """
     rows = tuple(without_repeats(read_rows(directory / LEDGER_FILE)))
     return RunResult(directory, summarise(rows), rows)
-
-
-def write_report(directories: Sequence[Path], output: Path | None = None) -> tuple[Path, Path]:
-    """Draw runs into one figure and one Markdown table.
-
-    Args:
-        directories: of the runs.
-        output: where to write; by default the first run's own directory.
-
-    Returns:
-        Paths of the figure and of the table.
-    """
-    runs = [read_run(directory) for directory in directories]
-    target = output or directories[0]
-    target.mkdir(parents=True, exist_ok=True)
-    figure, table = target / CURVES_FILE, target / TABLE_FILE
-    draw_curves([run.curve() for run in runs], runs[0].metric, figure)
-    table.write_text(markdown_table([run.table_row() for run in runs]), encoding="utf-8")
-    return figure, table
 
 
 def _score(value: float | None) -> str:

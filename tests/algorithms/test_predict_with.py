@@ -10,7 +10,6 @@ from fedkd_flwr.core.modules import read_arrays
 from fedkd_flwr.core.protocols import ClientData, Task
 from tests.algorithms.conftest import (
     SEED,
-    Counting,
     same,
 )
 from tests.algorithms.rounds import TERMS, fedkd, teacher_of, train
@@ -57,13 +56,3 @@ def test_all_three_are_scored_whatever_is_chosen(
     algorithm = fedkd(task, *TERMS, predict_with=predict_with)
     scores = algorithm.client.evaluate(algorithm.shared.initial(), trained.private, data)
     assert list(scores) == ["shared", "private", "ensemble"]
-
-
-def test_each_model_runs_once_on_each_batch_that_is_scored(task: Task, data: ClientData) -> None:
-    counting = Counting(task)
-    algorithm = fedkd(counting, *TERMS)
-    private = algorithm.client.initial_private(data)
-    counting.calls.clear()
-    algorithm.client.evaluate(algorithm.shared.initial(), private, data)
-    assert len({model for model, *_ in counting.calls}) == len(counting.calls) == 2  # one batch holds the test images
-    assert not any(hidden or attentions for _, hidden, attentions in counting.calls)

@@ -1,0 +1,73 @@
+"""What FedKD must beat: the same experiment without the teacher, without the others, without compression."""
+
+from pathlib import Path
+
+import pytest
+
+from fedkd_flwr.algorithms.fedavg import FedAvgOptions
+from fedkd_flwr.algorithms.fedkd import FedKDOptions
+from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
+from fedkd_flwr.experiment import baselines_of, parse
+from tests.conftest import SMALL, small
+from tests.test_cli import fedkd as command
+
+
+@pytest.mark.parametrize("name", ["fedkd", "fedkd_paper"])
+def test_the_baselines_are_the_student_alone_the_teacher_alone_and_dense_fedavg(name: str) -> None:
+    student = "algorithm.student_optimizer={name: sgd, learning_rate: 0.3}"
+    teacher = "algorithm.teacher_optimizer={name: adam, learning_rate: 0.002}"
+    experiment = small(f"algorithm.name={name}", student, teacher, "algorithm.local.num_epochs=4")
+    alone, local, fedavg = baselines_of(experiment)
+    assert isinstance(alone.algorithm, FedAvgOptions) and isinstance(fedavg.algorithm, FedAvgOptions)
+    assert isinstance(local.algorithm, LocalOnlyOptions)
+    assert [of.algorithm.model for of in (alone, local, fedavg)] == ["student", "teacher", "teacher"]  # type: ignore[attr-defined]
+    assert [of.algorithm.optimizer.learning_rate for of in (alone, local, fedavg)] == [0.3, 0.002, 0.002]  # type: ignore[attr-defined]
+    assert {of.algorithm.local.num_epochs for of in (alone, local, fedavg)} == {4}  # type: ignore[attr-defined]
+    assert [of.compressor.name for of in (alone, local, fedavg)] == ["svd", "svd", "identity"]
+    assert [of.name for of in (alone, local, fedavg)] == ["small_fedavg_student", "small_local_only", "small_fedavg"]
+    for of in (alone, local, fedavg):
+        assert (of.seed, of.num_clients, of.task, of.server) == (
+            experiment.seed,
+            experiment.num_clients,
+            experiment.task,
+            experiment.server,
+        )
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_student_alone_keeps_its_moments_where_fedkds_does(keep: bool) -> None:
+    alone = baselines_of(small(f"algorithm.keep_student_moments={str(keep).lower()}"))[0]
+    assert isinstance(alone.algorithm, FedAvgOptions)
+    assert alone.algorithm.keep_moments is keep
+
+
+def test_a_baseline_resolves_to_its_own_yaml_and_not_to_fedkds() -> None:
+    experiment = small()
+    experiment.to_yaml()
+    for baseline in baselines_of(experiment):
+        assert parse(baseline.to_yaml(), ()) == baseline
+
+
+def test_a_long_name_is_cut_to_make_room() -> None:
+    assert [len(of.name) for of in baselines_of(small(f"name={'x' * 64}"))] == [64, 64, 64]
+
+
+def test_an_algorithm_that_distils_nothing_has_none() -> None:
+    assert baselines_of(small("algorithm={name: fedavg}")) == []
+    assert FedKDOptions().baselines()
+
+
+def test_compare_runs_the_baselines_too_and_says_whether_distillation_pays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf = tmp_path / "small.yaml"
+    conf.write_text(SMALL)
+    out = tmp_path / "out"
+    assert command("compare", str(conf), "--baselines", "--in-process", "--output-dir", str(out)) == 0
+    printed = capsys.readouterr().out
+    for name in ("small", "small_fedavg_student", "small_local_only", "small_fedavg"):
+        assert f"{name} (seed 1)" in printed
+    assert "the shared student: accuracy" in printed
+    assert printed.count("distillation pays") + printed.count("distillation does not pay") == 3
+    (table,) = out.glob("comparison/*/table.md")
+    assert "* the shared student: accuracy" in table.read_text()
