@@ -72,8 +72,9 @@ class FedKDOptions(AlgorithmOptions):
             of this client added to its logits, so that what is shared are not the frequencies of the clients' labels
             (Menon et al., ICLR 2021, https://arxiv.org/abs/2007.07314). 0 is off, 1 is balanced softmax.
         proximal_mu: weight of (mu / 2) * ||w - w_shared||^2 on the student, as in FedProx; 0 is off.
-        predict_with: what a client predicts with, and so what it writes at the end: its teacher, as the paper does; the
-            student, which the server writes anyway; or both, by the mean of their probabilities. All three are scored.
+        predict_with: what a client predicts with, and so what it writes at the end: both models, by the mean of their
+            probabilities; its teacher, as in the paper; or the student, which the server writes anyway. All three are
+            scored.
         local: how a client trains in a round.
         student_optimizer: the student's.
         teacher_optimizer: the teacher's and W_h's.
@@ -97,7 +98,7 @@ class FedKDOptions(AlgorithmOptions):
     guide_warmup: float = Field(0.0, ge=0, lt=1)
     logit_adjustment: float = Field(0.0, ge=0)
     proximal_mu: float = Field(0.0, ge=0)
-    predict_with: Literal["student", "teacher", "ensemble"] = "teacher"
+    predict_with: Literal["student", "teacher", "ensemble"] = "ensemble"
     local: LocalTraining = LocalTraining()
     student_optimizer: OptimizerOptions = OptimizerOptions()
     teacher_optimizer: OptimizerOptions = OptimizerOptions()

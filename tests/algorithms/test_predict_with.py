@@ -25,10 +25,10 @@ def exported(task: Task, data: ClientData, trained: Trained, directory: Path, **
     return algorithm.client.export_private(algorithm.shared.initial(), trained.private, data, directory)
 
 
-def test_a_client_writes_its_teacher_unless_told_otherwise(
+def test_a_client_that_predicts_with_its_teacher_writes_it(
     task: Task, data: ClientData, trained: Trained, tmp_path: Path
 ) -> None:
-    assert exported(task, data, trained, tmp_path / "model") is True
+    assert exported(task, data, trained, tmp_path / "model", predict_with="teacher") is True
     loaded = ViTForImageClassification.from_pretrained(tmp_path / "model")
     assert same(read_arrays(loaded), teacher_of(trained))
 
@@ -40,10 +40,10 @@ def test_a_client_that_predicts_with_the_student_has_nothing_of_its_own_to_write
     assert not (tmp_path / "model").exists()
 
 
-def test_an_ensemble_is_a_directory_for_each_of_its_models(
+def test_by_default_a_client_predicts_with_both_models_and_writes_a_directory_for_each(
     task: Task, data: ClientData, trained: Trained, tmp_path: Path
 ) -> None:
-    assert exported(task, data, trained, tmp_path, predict_with="ensemble") is True
+    assert exported(task, data, trained, tmp_path) is True
     teacher, student = (ViTForImageClassification.from_pretrained(tmp_path / name) for name in ("teacher", "student"))
     assert same(read_arrays(teacher), teacher_of(trained))
     assert same(read_arrays(student), read_arrays(task.build_models(SEED).student))

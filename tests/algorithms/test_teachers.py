@@ -93,7 +93,7 @@ def test_evaluation_and_export_are_of_the_clients_own_teacher(
         scores = algorithm.client.evaluate(algorithm.shared.initial(), private, data)
         assert scores.keys() == {"shared", "private", "ensemble"}
         assert algorithm.client.export_private(algorithm.shared.initial(), private, data, tmp_path / str(index)) is True
-        assert same(load_file(tmp_path / str(index) / "model.safetensors"), under("teacher/", private))
+        assert same(load_file(tmp_path / str(index) / "teacher" / "model.safetensors"), under("teacher/", private))
 
 
 def test_the_state_of_another_teacher_is_refused(algorithm: Algorithm, little: Little) -> None:
@@ -144,7 +144,7 @@ def test_frozen_tensors_are_not_kept_by_a_client_and_still_there(tmp_path: Path)
         shared = algorithm.shared.initial()
         assert elsewhere.client.evaluate(shared, private, data) == algorithm.client.evaluate(shared, private, data)
         elsewhere.client.export_private(elsewhere.shared.initial(), private, data, tmp_path / str(index))
-        exported = load_file(tmp_path / str(index) / "model.safetensors")
+        exported = load_file(tmp_path / str(index) / "teacher" / "model.safetensors")
         assert same(exported, whole | under("teacher/", private))
     assert "embedding.weight" in algorithm.shared.initial()  # whoever joins must be able to build the student from it
 

@@ -301,9 +301,20 @@ def test_num_examples_weighting_changes_the_aggregate_of_unequal_clients(run: Ru
     assert uniform["student"] != weighted["student"]
 
 
-def test_every_client_exports_its_teacher_at_the_end(run: Run) -> None:
+def test_every_client_exports_what_it_predicts_with_at_the_end(run: Run) -> None:
     run_dir = run()
-    assert len(list((run_dir / "state").glob("*/*/private_model/model.safetensors"))) == 3
+    for name in ("teacher", "student"):
+        assert len(list((run_dir / "state").glob(f"*/*/private_model/{name}/model.safetensors"))) == 3
+
+
+def test_both_models_together_are_scored_on_the_clients_own_data(run: Run) -> None:
+    run_dir = run("num_rounds=1")
+    summary = read_summary(run_dir)
+    assert summary is not None
+    of_both, of_student = (summary["metrics"][scope] for scope in ("ensemble_local", "shared_local"))
+    assert of_both.keys() == of_student.keys() and of_both != of_student
+    assert summary["spread"]["ensemble_local"].keys() == of_both.keys()
+    assert rows_of(run_dir, "round")[-1]["metrics"]["ensemble_local"] is not None
 
 
 def _payload(reply: Message, change: Callable[[bytes], bytes]) -> None:
