@@ -55,7 +55,8 @@ class FedKDOptions(AlgorithmOptions):
         attention: MSE between mapped attention maps (equation 5), likewise.
         adaptive: divide these by the sum of the task losses; off, they count in full.
         temperature: of the KL; the paper has 1.
-        divisor_floor: least value of the divisor; the paper has none.
+        divisor_floor: least value of the divisor, in nats; the paper has none. Two models that know nothing are at
+            2 * log(number of classes).
         layer_map: teacher layer for each student layer, counted from 1; null spreads them evenly. Where clients have
             different teachers it is for all of them.
         hidden_warmup_rounds: rounds of a client in which W_h learns before the teacher follows the hidden term. It
@@ -89,7 +90,7 @@ class FedKDOptions(AlgorithmOptions):
     attention: Wanted = "auto"
     adaptive: bool = True
     temperature: float = Field(1.0, gt=0)
-    divisor_floor: float = Field(0.1, gt=0)
+    divisor_floor: float = Field(3.0, gt=0)
     layer_map: tuple[int, ...] | None = None
     hidden_warmup_rounds: int = Field(1, ge=0)
     trust: Trust = "all"

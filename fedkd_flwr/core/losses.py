@@ -205,7 +205,7 @@ class DistillationTerms:
     attention: bool = True
     adaptive: bool = True
     temperature: float = 1.0
-    divisor_floor: float = 0.1
+    divisor_floor: float = 3.0
     trust: Trust = "all"
 
 
