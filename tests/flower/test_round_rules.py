@@ -189,7 +189,7 @@ def test_a_byte_budget_is_kept_until_the_final_evaluation(make: Make) -> None:
 
 
 def test_a_metric_that_no_task_gives_is_an_error_before_training(make: Make) -> None:
-    with pytest.raises(RunError, match=r"server.early_stop.metric must be one of accuracy, loss, got 'f1'"):
+    with pytest.raises(RunError, match=r"server.early_stop.metric must be one of accuracy, macro_f1, loss, got 'f1'"):
         make("server.early_stop.target=0.5", "server.early_stop.metric=f1").run()
 
 

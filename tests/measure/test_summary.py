@@ -42,6 +42,7 @@ KEYS: dict[str, Any] = {
         "shared_global": {"accuracy": None, "loss": None},
         "shared_local": {"accuracy": None, "loss": None},
         "private_local": {"accuracy": None, "loss": None},
+        "ensemble_local": {"accuracy": None, "loss": None},
     },
     "bytes": {
         "uplink": None,
@@ -84,7 +85,12 @@ def scores(accuracy: float) -> dict[str, float]:
 
 ROUND_1 = measured("round", 2.0, {"shared_global": scores(0.5)}, client_train=1.0, encode=0.25, decode=0.5)
 ROUND_2 = measured("round", 4.0, {"shared_global": scores(0.625)}, client_train=2.0, encode=0.25, aggregate=0.125)
-FINAL = measured("final", 6.0, {"shared_local": scores(0.75), "private_local": scores(0.875)}, decode=0.5)
+FINAL = measured(
+    "final",
+    6.0,
+    {"shared_local": scores(0.75), "private_local": scores(0.875), "ensemble_local": scores(0.9375)},
+    decode=0.5,
+)
 ROWS = [
     START,
     message("downlink", "hello", 10),
@@ -150,6 +156,7 @@ def test_metrics_are_the_last_of_each_scope() -> None:
         "shared_global": scores(0.625),
         "shared_local": scores(0.75),
         "private_local": scores(0.875),
+        "ensemble_local": scores(0.9375),
     }
 
 
@@ -158,6 +165,7 @@ def test_a_scope_that_was_never_measured_is_null() -> None:
         "shared_global": scores(0.5),
         "shared_local": None,
         "private_local": None,
+        "ensemble_local": None,
     }
 
 
