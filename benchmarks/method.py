@@ -5,7 +5,9 @@ python benchmarks/method.py digits [--seeds N] [--run LABEL]... [--set KEY=VALUE
 Reads conf/TASK_fedkd.yaml and conf/TASK_fedavg.yaml. All conditions have the same seeds, partitions, version 0, epochs
 and batches, so as many examples and steps for each model that trains; seconds are in the JSON. Prints one table and
 writes method_TASK.json. Differences are paired by seed and to FedAvg of the student under the same codec, whose
-optimiser is that of FedKD's student: what is above it is what the teacher is worth.
+optimiser is that of FedKD's student: what is above it is what the teacher is worth. Three levers need no teacher; the
+last rows show what they do without one. "Without adaptive" is a constant divisor of 1, so three times the guidance or
+more; teacher_guidance and student_guidance tell strength from adaptivity.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from pathlib import Path
 from runs import CONF, Condition, carry_out
 from tasks import conditions_of, print_table
 
-from fedkd_flwr.experiment import load
+from fedkd_flwr.experiment import ConfigError, load
 
 REFERENCE = "FedAvg(student), default codec"
 TERMS = ("mutual", "hidden", "attention", "adaptive")
@@ -46,7 +48,17 @@ OF_STUDENT_ALONE = {
 }
 
 
-def ablation_of(task: str) -> tuple[Condition, ...]:
+def returned(conf: str, term: str, overrides: list[str]) -> bool:
+    """Whether the models have what a term compares."""
+    experiment = load(CONF / conf, [*overrides, f"algorithm.{term}=true"])
+    try:
+        experiment.build_algorithm(experiment.build_task())
+    except ConfigError:
+        return False
+    return True
+
+
+def ablation_of(task: str, overrides: list[str]) -> tuple[Condition, ...]:
     """The conditions of the task's table, then one change of FedKD at a time."""
     fedkd = f"{task}_fedkd.yaml"
     algorithm = load(CONF / fedkd).model_dump(mode="json")["algorithm"]
@@ -60,6 +72,8 @@ def ablation_of(task: str) -> tuple[Condition, ...]:
     conditions.append(Condition("FedKD, identity", fedkd, ("compressor={name: identity}",)))
     for name in TERMS:
         on = algorithm[name] is not False
+        if not on and not returned(fedkd, name, overrides):
+            continue
         value = "false" if on else "true"
         conditions.append(
             Condition(f"FedKD, {'without' if on else 'with'} {name}", fedkd, (f"algorithm.{name}={value}",))
@@ -82,7 +96,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path())
     options = parser.parse_args()
     logging.getLogger("fedkd").setLevel(logging.ERROR)
-    conditions = ablation_of(options.task)
+    conditions = ablation_of(options.task, options.set)
     wanted = [c for c in conditions if not options.run or c.label in options.run]
     results = carry_out(wanted, range(options.seeds), options.set, options.output / f"method_{options.task}_runs")
     order = {condition.label: index for index, condition in enumerate(conditions)}

@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import client_app
-from fedkd_flwr.experiment import load
+from fedkd_flwr.experiment import Experiment, load
 from fedkd_flwr.flower.in_process import run_in_process
 from fedkd_flwr.measure.ledger import LEDGER_FILE, read_rows
 from fedkd_flwr.measure.metrics import last_mean
@@ -46,7 +46,7 @@ class Condition:
 
 def measure(condition: Condition, seed: int, overrides: list[str]) -> dict[str, Any]:
     """One run: scores by round and over the last ones, bytes of a client by round and in all, seconds."""
-    experiment = load(CONF / condition.conf, [*condition.overrides, f"seed={seed}", *overrides])
+    experiment = resolved(condition, seed, overrides)
     with tempfile.TemporaryDirectory() as directory:
         run_dir = run_in_process(experiment, client_app.app, Path(directory) / "run")
         rows = list(read_rows(run_dir / LEDGER_FILE))
@@ -61,7 +61,7 @@ def measure(condition: Condition, seed: int, overrides: list[str]) -> dict[str, 
     return {
         "label": condition.label,
         "seed": seed,
-        "overrides": [*condition.overrides, *overrides],
+        "experiment": experiment.to_yaml(),
         "metric": metric,
         "score": last_mean(scores, LAST_ROUNDS),
         "scores": scores,
@@ -89,7 +89,7 @@ def carry_out(
         for condition in conditions:
             name = "".join(c if c.isalnum() else "_" for c in condition.label)
             path = directory / f"{name}_{seed}.json"
-            if not is_done(path, condition, overrides):
+            if not is_done(path, condition, seed, overrides):
                 found = measure(condition, seed, overrides)
                 write_whole(path, json.dumps(found))
                 print(
@@ -99,14 +99,18 @@ def carry_out(
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))]
 
 
-def is_done(path: Path, condition: Condition, overrides: list[str]) -> bool:
-    """Whether a run of the same overrides is written down."""
+def is_done(path: Path, condition: Condition, seed: int, overrides: list[str]) -> bool:
+    """Whether a run of the same experiment, every default written out, is written down."""
     if not path.exists():
         return False
-    done: list[str] = json.loads(path.read_text(encoding="utf-8"))["overrides"]
-    if done != [*condition.overrides, *overrides]:
-        raise SystemExit(f"{path} was run with {done}; remove it, or give another --output")
+    if json.loads(path.read_text(encoding="utf-8")).get("experiment") != resolved(condition, seed, overrides).to_yaml():
+        raise SystemExit(f"{path} is of another experiment; remove it, or give another --output")
     return True
+
+
+def resolved(condition: Condition, seed: int, overrides: list[str]) -> Experiment:
+    """The experiment of one run."""
+    return load(CONF / condition.conf, [*condition.overrides, f"seed={seed}", *overrides])
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ python benchmarks/skew.py [--seeds N] [--set KEY=VALUE]... [--output DIR]
 Digits, divided among 4, 10 and 20 clients by Dirichlet's distribution or evenly: more clients have less each, a smaller
 alpha makes their labels less alike. FedKD as in conf/digits_fedkd.yaml beside its baselines, in ten rounds. Writes
 skew.json and skew.png: how much better the shared student is than FedAvg of it under the same compressor, and how much
-better clients predict on their own data than with the best of what they could have had without FedKD.
+better clients predict on their own data than with the better of a teacher trained alone and FedAvg of the student.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 python benchmarks/step_time.py [CONF]... [--set KEY=VALUE]... [--repeats N] [--output FILE]
 
 One client's round on the same batches under each condition, in turn, so that whatever else the machine does falls on
-all alike; medians of processor time for each step, one thread. Reading and writing of models, optimisers and moments at
-both ends of a round is in it.
+all alike; medians of processor time for each step, one thread. Reading and writing of the models at both ends of a
+round, and of the moments at its end, is in it. A term that the models have nothing for is left out.
 """
 
 import argparse
@@ -35,7 +35,8 @@ def conditions_of(experiment: Experiment) -> dict[str, Any]:
         ("FedKD, attention", ("attention",)),
         ("FedKD, all terms", TERMS),
     ):
-        found[label] = experiment.algorithm.model_copy(update={term: term in on for term in TERMS})
+        found[label] = experiment.algorithm.model_copy(update={term: "auto" if term in on else False for term in TERMS})
+        found[label] = found[label].model_copy(update={"mutual": "mutual" in on})
     return found
 
 

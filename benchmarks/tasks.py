@@ -18,7 +18,7 @@ from runs import CONF, Condition, carry_out, interval
 
 from fedkd_flwr.experiment import load
 
-SCOPES = ("shared_local", "private_local")
+SCOPES = ("shared_local", "private_local", "ensemble_local")
 PAPER_CODEC = "compressor={name: svd, energy_start: 0.95, energy_end: 0.98}"
 
 
@@ -32,10 +32,14 @@ def conditions_of(task: str) -> tuple[Condition, ...]:
         f"algorithm.optimizer={json.dumps(resolved['algorithm']['student_optimizer'])}",
         f"algorithm.keep_moments={json.dumps(resolved['algorithm']['keep_student_moments'])}",
     )
+    # A file may be about the student; these conditions never are.
+    of_teacher = (
+        () if load(CONF / fedavg).model_dump()["algorithm"]["model"] == "teacher" else ("algorithm.model=teacher",)
+    )
     return (
-        Condition("FedAvg(teacher)", fedavg),
-        Condition("local_only(teacher)", fedavg, ("algorithm.name=local_only",)),
-        Condition("FedAvg(teacher), default codec", fedavg, (codec,)),
+        Condition("FedAvg(teacher)", fedavg, of_teacher),
+        Condition("local_only(teacher)", fedavg, (*of_teacher, "algorithm.name=local_only")),
+        Condition("FedAvg(teacher), default codec", fedavg, (*of_teacher, codec)),
         Condition("FedAvg(student)", fedavg, of_student),
         Condition("FedAvg(student), default codec", fedavg, (*of_student, codec)),
         Condition("FedKD, paper codec", fedkd, (PAPER_CODEC,)),
@@ -48,9 +52,9 @@ def print_table(results: list[dict[str, Any]], task: str, reference: str) -> Non
     of_reference = {row["seed"]: row["score"] for row in results if row["label"] == reference}
     metric = results[0]["metric"]
     print(
-        f"| {task} | seeds | {metric}, shared model | minus {reference} | shared, local | private, local | MB | fewer |"
+        f"| {task} | seeds | {metric}, shared model | minus {reference} | shared, local | private, local | both, local | MB | fewer |"
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for label in dict.fromkeys(row["label"] for row in results):
         rows = [row for row in results if row["label"] == label]
         scores = [row["score"] for row in rows if row["score"] is not None]
@@ -73,7 +77,7 @@ def print_table(results: list[dict[str, Any]], task: str, reference: str) -> Non
 
 
 def _local(rows: list[dict[str, Any]], scope: str, metric: str) -> str:
-    values = [row["metrics"][scope][metric] for row in rows if row["metrics"][scope]]
+    values = [row["metrics"][scope][metric] for row in rows if row["metrics"].get(scope)]
     return interval(values) if values else "-"
 
 

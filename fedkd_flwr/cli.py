@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 import fedkd_flwr
-from fedkd_flwr.experiment import ConfigError, Experiment, baselines_of, load
+from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, Experiment, baselines_of, load
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.inventory import delete_state, kept_states
 from fedkd_flwr.flower.launcher import launch
 from fedkd_flwr.flower.runtime import runtime_of
-from fedkd_flwr.flower.server import CONFIG_FILE, check_resumable
+from fedkd_flwr.flower.server import check_resumable
 from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
 from fedkd_flwr.measure.ledger import LEDGER_FILE
 from fedkd_flwr.report import read_run, verdict, write_model_card, write_report
@@ -119,9 +119,13 @@ def compare(
     """Run several experiments, print one table and draw one figure."""
     experiments = [load(conf, overrides or ()) for conf in confs]
     if baselines:
-        experiments = [each for experiment in experiments for each in (experiment, *baselines_of(experiment))]
+        experiments = [
+            each for experiment in experiments for each in (experiment, *(of for _, of in baselines_of(experiment)))
+        ]
     for experiment in experiments:
         _root(experiment, output_dir)
+    for experiment in experiments if len(experiments) > 1 else ():
+        runtime_of(experiment)  # what can't be built is better known before hours of others
     noted: set[str] = set()
     directories = [_run(experiment, output_dir, in_process, noted) for experiment in experiments]
     _show(directories, _root(experiments[0], output_dir) / "comparison" / _run_name())

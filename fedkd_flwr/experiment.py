@@ -13,14 +13,15 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from fedkd_flwr.algorithms import ALGORITHMS, Algorithm, AlgorithmOptions
+from fedkd_flwr.algorithms import ALGORITHMS, Algorithm, AlgorithmOptions, Baseline
 from fedkd_flwr.compressors import COMPRESSORS, CompressorOptions
 from fedkd_flwr.core.arrays import Spec
 from fedkd_flwr.core.protocols import Codec, Direction, Task
 from fedkd_flwr.core.seeds import derive_seed
-from fedkd_flwr.server_options import ServerOptions
+from fedkd_flwr.server_options import EarlyStopOptions, ServerOptions
 from fedkd_flwr.tasks import TASKS, TaskOptions
 
+CONFIG_FILE = "config.yaml"  # the resolved experiment, in the directory of each run
 _NAME_LENGTH = 64
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # experiment names and client keys become file names
 
@@ -129,17 +130,23 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def baselines_of(experiment: Experiment) -> list[Experiment]:
-    """The same experiment without what its algorithm does beyond others: same clients, same seed, same budget."""
+def baselines_of(experiment: Experiment) -> list[tuple[Baseline, Experiment]]:
+    """The same experiment without what its algorithm does beyond others: same clients, same seed, same budget.
+
+    Nothing stops early, because what stops at different rounds can't be compared.
+    """
     found = []
     for baseline in experiment.algorithm.baselines():
+        if baseline.common_teacher and getattr(experiment.task, "other_teachers", None):
+            continue
         changed: dict[str, Any] = {
             "name": f"{experiment.name[: _NAME_LENGTH - len(baseline.name) - 1]}_{baseline.name}",
             "algorithm": baseline.algorithm,
+            "server": experiment.server.model_copy(update={"early_stop": EarlyStopOptions()}),
         }
-        if not baseline.compressed:
+        if baseline.dense:
             changed["compressor"] = COMPRESSORS["identity"](name="identity")
-        found.append(Experiment(**{**dict(experiment), **changed}))
+        found.append((baseline, Experiment(**{**dict(experiment), **changed})))
     return found
 
 

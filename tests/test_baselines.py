@@ -6,9 +6,10 @@ import pytest
 
 from fedkd_flwr.algorithms.fedavg import FedAvgOptions
 from fedkd_flwr.algorithms.fedkd import FedKDOptions
+from fedkd_flwr.algorithms.fedprox import FedProxOptions
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
-from fedkd_flwr.experiment import baselines_of, parse
-from tests.conftest import SMALL, small
+from fedkd_flwr.experiment import baselines_of, load, parse
+from tests.conftest import ROOT, SMALL, small
 from tests.test_cli import fedkd as command
 
 
@@ -17,7 +18,7 @@ def test_the_baselines_are_the_student_alone_the_teacher_alone_and_dense_fedavg(
     student = "algorithm.student_optimizer={name: sgd, learning_rate: 0.3}"
     teacher = "algorithm.teacher_optimizer={name: adam, learning_rate: 0.002}"
     experiment = small(f"algorithm.name={name}", student, teacher, "algorithm.local.num_epochs=4")
-    alone, local, fedavg = baselines_of(experiment)
+    alone, local, fedavg = (of for _, of in baselines_of(experiment))
     assert isinstance(alone.algorithm, FedAvgOptions) and isinstance(fedavg.algorithm, FedAvgOptions)
     assert isinstance(local.algorithm, LocalOnlyOptions)
     assert [of.algorithm.model for of in (alone, local, fedavg)] == ["student", "teacher", "teacher"]  # type: ignore[attr-defined]
@@ -36,20 +37,55 @@ def test_the_baselines_are_the_student_alone_the_teacher_alone_and_dense_fedavg(
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_student_alone_keeps_its_moments_where_fedkds_does(keep: bool) -> None:
-    alone = baselines_of(small(f"algorithm.keep_student_moments={str(keep).lower()}"))[0]
+    _, alone = baselines_of(small(f"algorithm.keep_student_moments={str(keep).lower()}"))[0]
     assert isinstance(alone.algorithm, FedAvgOptions)
     assert alone.algorithm.keep_moments is keep
+
+
+def test_the_student_alone_keeps_what_needs_no_teacher() -> None:
+    _, adjusted = baselines_of(small("algorithm.logit_adjustment=0.5"))[0]
+    assert isinstance(adjusted.algorithm, FedAvgOptions)
+    assert adjusted.algorithm.logit_adjustment == 0.5
+    _, bound = baselines_of(small("algorithm.logit_adjustment=0.5", "algorithm.proximal_mu=0.01"))[0]
+    assert isinstance(bound.algorithm, FedProxOptions)
+    assert (bound.algorithm.model, bound.algorithm.proximal_mu, bound.algorithm.logit_adjustment) == (
+        "student",
+        0.01,
+        0.5,
+    )
+
+
+def test_baselines_do_not_stop_early() -> None:
+    stops = small("server.early_stop={metric: accuracy, target: 0.5}")
+    assert stops.server.early_stop.target == 0.5
+    assert all(of.server.early_stop.target is None for _, of in baselines_of(stops))
+
+
+def test_clients_with_different_teachers_have_no_teacher_to_average() -> None:
+    other = "task.other_teachers=[{clients: [1], model: {name: cnn, num_channels: [8], hidden_size: 16}}]"
+    experiment = load(ROOT / "conf" / "mnist20_fedkd.yaml", [other])
+    assert [each.name for each, _ in baselines_of(experiment)] == ["fedavg_student", "local_only"]
+
+
+def test_compare_builds_everything_before_it_runs_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tmp_path / "small.yaml", tmp_path / "bad.yaml"
+    good.write_text(SMALL)
+    bad.write_text(SMALL.replace("name: fedkd", "name: fedkd\n  layer_map: [1, 2]"))
+    out = tmp_path / "out"
+    assert command("compare", str(good), str(bad), "--in-process", "--output-dir", str(out)) == 2
+    assert "layer_map" in capsys.readouterr().err
+    assert not list(out.glob("small/*"))
 
 
 def test_a_baseline_resolves_to_its_own_yaml_and_not_to_fedkds() -> None:
     experiment = small()
     experiment.to_yaml()
-    for baseline in baselines_of(experiment):
+    for _, baseline in baselines_of(experiment):
         assert parse(baseline.to_yaml(), ()) == baseline
 
 
 def test_a_long_name_is_cut_to_make_room() -> None:
-    assert [len(of.name) for of in baselines_of(small(f"name={'x' * 64}"))] == [64, 64, 64]
+    assert [len(of.name) for _, of in baselines_of(small(f"name={'x' * 64}"))] == [64, 64, 64]
 
 
 def test_an_algorithm_that_distils_nothing_has_none() -> None:
@@ -67,7 +103,7 @@ def test_compare_runs_the_baselines_too_and_says_whether_distillation_pays(
     printed = capsys.readouterr().out
     for name in ("small", "small_fedavg_student", "small_local_only", "small_fedavg"):
         assert f"{name} (seed 1)" in printed
-    assert "the shared student: accuracy" in printed
-    assert printed.count("distillation pays") + printed.count("distillation does not pay") == 3
+    assert "small: the shared student: accuracy" in printed
+    assert printed.count("one seed: run other seeds before you believe it") == 3
     (table,) = out.glob("comparison/*/table.md")
-    assert "* the shared student: accuracy" in table.read_text()
+    assert "* small: the shared student: accuracy" in table.read_text()

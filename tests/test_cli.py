@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedkd_flwr import cli
-from fedkd_flwr.flower.server import CONFIG_FILE
+from fedkd_flwr.experiment import CONFIG_FILE
 from fedkd_flwr.flower.store import REFERENCES_DIR, ClientStore
 from fedkd_flwr.measure.summary import SUMMARY_FILE, read_summary
 from tests.conftest import SMALL, Run, small

@@ -1,6 +1,6 @@
 """What a client optimises: one file for each algorithm with both halves, one line for each here."""
 
-from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions
+from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions, Baseline
 from fedkd_flwr.algorithms.fedavg import FedAvgOptions
 from fedkd_flwr.algorithms.fedkd import FedKDOptions
 from fedkd_flwr.algorithms.fedkd_paper import FedKDPaperOptions
@@ -15,4 +15,4 @@ ALGORITHMS: dict[str, type[AlgorithmOptions]] = {
     "local_only": LocalOnlyOptions,
 }
 
-__all__ = ["ALGORITHMS", "Algorithm", "AlgorithmOptions"]
+__all__ = ["ALGORITHMS", "Algorithm", "AlgorithmOptions", "Baseline"]

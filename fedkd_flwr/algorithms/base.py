@@ -157,12 +157,19 @@ class Baseline:
     Attributes:
         name: what distinguishes its runs.
         algorithm: what it optimises.
-        compressed: whether it goes through the experiment's compressor, or as it is.
+        against: which score of it counts: of its shared model on the server's test set, or of whatever its clients
+            predict with on their own data.
+        words: what it is.
+        dense: whether it goes uncompressed, and not through the experiment's compressor.
+        common_teacher: whether it can't be where clients have different teachers.
     """
 
     name: str
     algorithm: AlgorithmOptions
-    compressed: bool = True
+    against: Literal["shared", "local"]
+    words: str
+    dense: bool = False
+    common_teacher: bool = False
 
 
 def num_parameters(models: Models) -> tuple[int, int]:

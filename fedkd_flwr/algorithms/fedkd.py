@@ -27,7 +27,7 @@ from fedkd_flwr.algorithms.base import (
     num_parameters,
 )
 from fedkd_flwr.algorithms.fedavg import FedAvgOptions
-from fedkd_flwr.algorithms.fedprox import proximal_penalty
+from fedkd_flwr.algorithms.fedprox import FedProxOptions, proximal_penalty
 from fedkd_flwr.algorithms.guidance import Guidance, Wanted, find_guidance, projections_of
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
 from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOptions, forward, prior_of, run_epochs
@@ -71,7 +71,8 @@ class FedKDOptions(AlgorithmOptions):
             [0, 1); the teacher learns first.
         logit_adjustment: strength tau of logit adjustment: on each client the student learns with tau * log P(class)
             of this client added to its logits, so that what is shared are not the frequencies of the clients' labels
-            (Menon et al., ICLR 2021, https://arxiv.org/abs/2007.07314). 0 is off, 1 is balanced softmax.
+            (Menon et al., ICLR 2021, https://arxiv.org/abs/2007.07314). 0 is off, 1 is balanced softmax. What is scored
+            and exported has no such addend; with `class_weights` of a task it would correct twice.
         proximal_mu: weight of (mu / 2) * ||w - w_shared||^2 on the student, as in FedProx; 0 is off.
         predict_with: what a client predicts with, and so what it writes at the end: both models, by the mean of their
             probabilities; its teacher, as in the paper; or the student, which the server writes anyway. All three are
@@ -130,23 +131,37 @@ class FedKDOptions(AlgorithmOptions):
         return Algorithm("updates", shared, client, MeanUpdateServer(shared), *num_parameters(models))
 
     def baselines(self) -> Sequence[Baseline]:
-        """The student without a teacher, the teacher without anyone, and dense FedAvg of the teacher."""
-        teacher, alone = self.teacher_optimizer, self.student_optimizer
+        """The student without a teacher, the teacher without anyone, and dense FedAvg of the teacher.
+
+        The student keeps whatever it has that needs no teacher.
+        """
+        moments, adjustment = self.keep_student_moments, self.logit_adjustment
+        student: AlgorithmOptions = FedAvgOptions(
+            model="student",
+            local=self.local,
+            optimizer=self.student_optimizer,
+            keep_moments=moments,
+            logit_adjustment=adjustment,
+        )
+        if self.proximal_mu:
+            student = FedProxOptions(
+                model="student",
+                proximal_mu=self.proximal_mu,
+                local=self.local,
+                optimizer=self.student_optimizer,
+                keep_moments=moments,
+                logit_adjustment=adjustment,
+            )
+        alone = LocalOnlyOptions(
+            model="teacher", local=self.local, optimizer=self.teacher_optimizer, keep_moments=self.keep_teacher_moments
+        )
+        teacher = FedAvgOptions(
+            model="teacher", local=self.local, optimizer=self.teacher_optimizer, keep_moments=moments
+        )
         return (
-            Baseline(
-                "fedavg_student",
-                FedAvgOptions(
-                    model="student", local=self.local, optimizer=alone, keep_moments=self.keep_student_moments
-                ),
-            ),
-            Baseline("local_only", LocalOnlyOptions(model="teacher", local=self.local, optimizer=teacher)),
-            Baseline(
-                "fedavg",
-                FedAvgOptions(
-                    model="teacher", local=self.local, optimizer=teacher, keep_moments=self.keep_student_moments
-                ),
-                compressed=False,
-            ),
+            Baseline("fedavg_student", student, "shared", "the same student without a teacher"),
+            Baseline("local_only", alone, "local", "teachers that train alone"),
+            Baseline("fedavg", teacher, "local", "dense FedAvg of the teacher", dense=True, common_teacher=True),
         )
 
 

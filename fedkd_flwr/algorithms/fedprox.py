@@ -25,6 +25,7 @@ class FedProxOptions(AlgorithmOptions):
         local: how a client trains in a round.
         optimizer: the client's.
         keep_moments: go on with the optimiser's moments of a client's last round; off, each round begins afresh.
+        logit_adjustment: strength of logit adjustment on each client; see `FedKDOptions`.
     """
 
     name: Literal["fedprox"] = "fedprox"
@@ -33,6 +34,7 @@ class FedProxOptions(AlgorithmOptions):
     local: LocalTraining = LocalTraining()
     optimizer: OptimizerOptions = OptimizerOptions()
     keep_moments: bool = False
+    logit_adjustment: float = Field(0.0, ge=0)
 
     def build(self, task: Task, seed: int) -> Algorithm:
         """FedProx of the chosen model.
@@ -49,6 +51,7 @@ class FedProxOptions(AlgorithmOptions):
             self.optimizer,
             lambda module: proximal_penalty(module, self.proximal_mu),
             keep_moments=self.keep_moments,
+            logit_adjustment=self.logit_adjustment,
         )
         return Algorithm("updates", shared, client, MeanUpdateServer(shared), *num_parameters(models))
 

@@ -108,11 +108,13 @@ class Optimizer:
             start = f"{prefix}{name}/"
             found = {key[len(start) :]: value for key, value in arrays.items() if key.startswith(start)}
             if found and self._optimizer is not None:
-                self._optimizer.state[parameter] = {
-                    # Torch keeps the count of steps on the CPU wherever the parameter is; moments lie beside it.
-                    key: torch.tensor(value, device="cpu" if key == "step" else parameter.device)
-                    for key, value in found.items()
-                }
+                self._optimizer.state[parameter] = {key: _placed(key, v, parameter) for key, v in found.items()}
+
+
+def _placed(key: str, value: Array, parameter: nn.Parameter) -> Tensor:
+    """A kept value as torch has it: a count of steps on the CPU in any case, moments where and as the parameter is."""
+    kept = torch.tensor(value)
+    return kept if key == "step" else torch.empty_like(parameter, dtype=kept.dtype).copy_(kept)
 
 
 def _build(options: OptimizerOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -122,10 +124,10 @@ def _build(options: OptimizerOptions, parameters: list[nn.Parameter]) -> torch.o
     spared = [parameter for parameter in parameters if parameter.ndim < 2]
     both = ((decayed, options.weight_decay), (spared, 0.0))
     groups: list[dict[str, Any]] = [{"params": some, "weight_decay": decay} for some, decay in both if some]
-    # One call for all tensors: a model of small layers has many, and spends a quarter of its time in Adam otherwise.
-    # On a GPU torch does likewise by itself.
-    fused = all(parameter.device.type == "cpu" for parameter in parameters) or None
     if options.name == "sgd":
-        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum, fused=fused)
+        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum)
     kind = torch.optim.Adam if options.name == "adam" else torch.optim.AdamW
+    # One call for all tensors: a model of small layers has many, and spends a quarter of its time in Adam otherwise.
+    # On a GPU torch does likewise by itself. The fused step goes through memory, whatever the strides say.
+    fused = all(p.device.type == "cpu" and p.is_floating_point() and p.is_contiguous() for p in parameters) or None
     return kind(groups, lr=options.learning_rate, fused=fused)

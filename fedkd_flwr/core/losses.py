@@ -89,12 +89,12 @@ def distillation(
             label a higher probability than the learner does. Positions where it is not followed add 0 to the mean.
     """
     labelled = labels != NO_LABEL
-    log_p = (torch.where(labelled[..., None], learner_logits, 0.0) / temperature).log_softmax(dim=-1)
-    log_q = (torch.where(labelled[..., None], guide_logits.detach(), 0.0) / temperature).log_softmax(dim=-1)
+    learner, guide = (torch.where(labelled[..., None], of, 0.0) for of in (learner_logits, guide_logits.detach()))
+    log_p, log_q = ((of / temperature).log_softmax(dim=-1) for of in (learner, guide))
     # Positions without a label are equal on both sides now, so they add nothing.
     divergence = kl_divergence(log_p, log_q)
     if trust != "all":
-        divergence = divergence * _trusted(learner_logits.detach(), guide_logits.detach(), labels.clamp(min=0), trust)
+        divergence = divergence * _trusted(learner.detach(), guide, labels.clamp(min=0), trust)
     return temperature**2 * divergence.sum() / labelled.sum().clamp(min=1)
 
 

@@ -1,5 +1,6 @@
 """The client's end of the exchange: reach the version asked for, train, remember, reply."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,7 +119,10 @@ def evaluate(message: Message, context: Context, app_dir: Path) -> Message:
     state = store.commit(state)
     half = client.runtime.algorithm.client
     scores = half.evaluate(state.shared, state.private, client.data)
-    half.export_private(state.shared, state.private, client.data, store.directory / PRIVATE_MODEL_DIR)
+    # Cleared first: what an earlier version of this run wrote there may have had other files.
+    directory = store.directory / PRIVATE_MODEL_DIR
+    shutil.rmtree(directory, ignore_errors=True)
+    half.export_private(state.shared, state.private, client.data, directory)
     reply = replace(_scored(client, state, instruction, scores), seconds=seconds)
     return Message(reply.to_records(), reply_to=message)
 
@@ -166,7 +170,7 @@ def catch_up(runtime: Runtime, state: ClientState, instruction: Instruction) -> 
     return state
 
 
-_REMEMBERED = ("num_examples", "num_test_examples", "shared", "private", "train", "seconds")
+_REMEMBERED = ("num_examples", "num_test_examples", "shared", "private", "ensemble", "train", "seconds")
 
 
 def _train(client: Client, state: ClientState, instruction: Instruction) -> tuple[Reply, ClientState]:

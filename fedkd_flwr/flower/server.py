@@ -11,7 +11,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedkd_flwr.core.arrays import num_elements
-from fedkd_flwr.experiment import ConfigError, load
+from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, load
 from fedkd_flwr.flower.checkpoint import Checkpoints
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.exchange import Exchange
@@ -20,7 +20,6 @@ from fedkd_flwr.flower.settings import ServerSettings
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Ledger, Listener, environment
 from fedkd_flwr.measure.summary import read_summary, write_summary
 
-CONFIG_FILE = "config.yaml"
 STUDENT_DIR = "student"
 LOCK_FILE = "lock"
 # What may differ in a resumed run: where results go, how long to wait, when to end, how much to keep.

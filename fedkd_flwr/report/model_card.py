@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
+from fedkd_flwr.experiment import CONFIG_FILE
 from fedkd_flwr.measure.summary import read_summary
 
 CARD_FILE = "README.md"
 MODEL_DIR = "student"
-CONFIG_FILE = "config.yaml"
 # Tasks whose models the library's pipelines run, and the class that loads them.
 PIPELINES = {
     "text_classification": ("text-classification", "AutoModelForSequenceClassification"),

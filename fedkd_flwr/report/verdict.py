@@ -1,108 +1,123 @@
-"""Whether distillation pays: FedKD beside what the same clients reach without it, in words."""
+"""Whether distillation pays: runs of FedKD beside what the same clients reach without it, in words."""
 
-from collections.abc import Callable, Iterable, Sequence
-from statistics import mean
-from typing import Any
+from collections.abc import Sequence
+from math import sqrt
+from statistics import mean, stdev
 
-import yaml
+from scipy.special import stdtrit
 
+from fedkd_flwr.algorithms import Baseline
+from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, Experiment, baselines_of, load
 from fedkd_flwr.report.runs import RunResult
 
-CONFIG_FILE = "config.yaml"
-FEDKD = ("fedkd", "fedkd_paper")
 # What a client may predict with: how it is called here, and where its score on the client's own data stands.
 LOCAL = {
     "student": ("the shared student", "shared_local"),
     "teacher": ("the private teachers", "private_local"),
     "ensemble": ("both together", "ensemble_local"),
 }
-# What two runs must have in common, so that what is between them is the method.
-CONDITIONS = ("seed", "num_clients", "num_rounds", "server", "task")
+MARGIN = 0.001  # nobody should choose by less
+CONFIDENCE = 0.95
 
-Config = dict[str, Any]
-Score = Callable[[RunResult, Config], float | None]
+Known = tuple[RunResult, Experiment]
 
 
 def verdict(runs: Sequence[RunResult]) -> list[str]:
-    """What runs say of distillation, a line each; none where no run of them is FedKD's.
+    """What runs say of distillation, a line each; none where no run of them distils.
 
-    Each FedKD run is compared, on the same clients and seed, with FedAvg of the same student under the same compressor;
-    and what its clients predict with, with a teacher that trains alone and with FedAvg of the teacher.
+    A run is held against its baselines (`AlgorithmOptions.baselines`) where they are among the other runs: of the same
+    seed, and in nothing else than the baseline says unlike it. One line for each baseline of an experiment, on the mean
+    of the differences over its seeds.
     """
-    known = [(run, config) for run in runs if (config := _config(run))]
-    fedkd = [(run, config) for run, config in known if config["algorithm"]["name"] in FEDKD]
-    lines = [line for run, config in fedkd for line in _own_data(run, config)]
-    alone = _named(known, "fedavg", "student")
-    lines += _compared("the shared student", fedkd, _shared, "FedAvg of it", alone, _shared, ("compressor",))
-    here = "on the clients' own data, what FedKD predicts with"
-    teacher_alone, teacher = _named(known, "local_only", "teacher"), _named(known, "fedavg", "teacher")
-    lines += _compared(here, fedkd, _predicted, "teachers that train alone", teacher_alone, _local("private_local"))
-    lines += _compared(here, fedkd, _predicted, "FedAvg of the teacher", teacher, _local("shared_local"))
+    known = [
+        (run, experiment)
+        for run in runs
+        if run.summary["status"] == "completed" and not run.summary["stopped_early"] and (experiment := _read(run))
+    ]
+    lines: list[str] = []
+    groups: dict[str, list[Known]] = {}
+    for run, experiment in known:
+        if experiment.algorithm.baselines():
+            groups.setdefault(_conditions(experiment, seed=False), []).append((run, experiment))
+    for group in groups.values():
+        lines += [line for run, experiment in group for line in _own_data(run, experiment)]
+        for baseline, _ in baselines_of(group[0][1]):
+            lines += _compared(group, baseline, known)
     return lines
 
 
-def _config(run: RunResult) -> Config | None:
-    path = run.directory / CONFIG_FILE
-    found: Config | None = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found
+def _read(run: RunResult) -> Experiment | None:
+    try:
+        return load(run.directory / CONFIG_FILE)
+    except ConfigError:
+        return None  # lost, or of another version of this project
 
 
-def _named(known: Iterable[tuple[RunResult, Config]], name: str, model: str) -> list[tuple[RunResult, Config]]:
-    """Runs of one algorithm on one of the task's models."""
-    wanted = {"name": name, "model": model}
-    return [(run, config) for run, config in known if config["algorithm"].items() >= wanted.items()]
+def _conditions(experiment: Experiment, *, seed: bool) -> str:
+    """All that decides what a run comes to, as one text; with or without the seed."""
+    left_out = {"name", "output_dir"} if seed else {"name", "output_dir", "seed"}
+    if experiment.algorithm.name == "local_only":
+        left_out.add("compressor")  # nothing is sent
+    return experiment.model_dump_json(exclude=left_out)
 
 
-def _own_data(run: RunResult, config: Config) -> list[str]:
-    """Which of its models serves a FedKD run's clients best."""
+def _own_data(run: RunResult, experiment: Experiment) -> list[str]:
+    """Which of its models serves a run's clients best."""
     scores = {who: score for who, (_, scope) in LOCAL.items() if (score := run.score(scope)) is not None}
-    if not scores:
+    if len(scores) < len(LOCAL):
         return []
-    best = (min if run.metric == "loss" else max)(scores, key=lambda who: scores[who])
-    each = ", ".join(f"{LOCAL[who][0]} {score:.3f}" for who, score in scores.items())
-    line = f"{run.label}: {run.metric} on the clients' own data: {each}"
-    chosen = config["algorithm"].get("predict_with", "teacher")
-    return [line if best == chosen else f"{line}; best: predict_with {best}, this run has {chosen}"]
+    sign = _sign(run.metric)
+    chosen, best = _predict_with(experiment), max(scores, key=lambda who: sign * scores[who])
+    line = f"{run.label}: {run.metric} on the clients' own test data: " + ", ".join(
+        f"{LOCAL[who][0]} {score:.3f}" for who, score in scores.items()
+    )
+    better = sign * (scores[best] - scores[chosen]) > MARGIN
+    return [f"{line}; best on it: predict_with {best}, this run has {chosen}" if better else line]
 
 
-def _shared(run: RunResult, config: Config) -> float | None:
-    return run.last_rounds()
-
-
-def _local(scope: str) -> Score:
-    return lambda run, config: run.score(scope)
-
-
-def _predicted(run: RunResult, config: Config) -> float | None:
-    return run.score(LOCAL[config["algorithm"].get("predict_with", "teacher")][1])
-
-
-def _compared(
-    what: str,
-    fedkd: Sequence[tuple[RunResult, Config]],
-    ours: Score,
-    than: str,
-    others: Sequence[tuple[RunResult, Config]],
-    theirs: Score,
-    more_conditions: tuple[str, ...] = (),
-) -> list[str]:
-    """One line on the mean of the differences between runs of the same conditions; none where there is no such pair."""
-    pairs = [
-        (a, b)
-        for run, config in fedkd
-        for other, of_other in others
-        if all(config[key] == of_other[key] for key in (*CONDITIONS, *more_conditions))
-        and (a := ours(run, config)) is not None
-        and (b := theirs(other, of_other)) is not None
-    ]
+def _compared(group: Sequence[Known], baseline: Baseline, known: Sequence[Known]) -> list[str]:
+    """One line on the mean of the differences to a baseline; none where no seed has both."""
+    others = {_conditions(experiment, seed=True): run for run, experiment in known}
+    pairs: dict[int, tuple[float, float]] = {}
+    for run, experiment in group:
+        wanted = next(of for each, of in baselines_of(experiment) if each.name == baseline.name)
+        other = others.get(_conditions(wanted, seed=True))
+        if other is None or other.metric != run.metric:
+            continue
+        if baseline.against == "shared":
+            ours, theirs = run.last_rounds(), other.last_rounds()
+        else:
+            ours = run.score(LOCAL[_predict_with(experiment)][1])
+            shared = other.score("shared_local")
+            theirs = other.score("private_local") if shared is None else shared
+        if ours is not None and theirs is not None:
+            pairs[experiment.seed] = (ours, theirs)
     if not pairs:
         return []
-    metric = fedkd[0][0].metric
-    gap = mean(a - b for a, b in pairs)
-    # Below a thousandth nobody would choose by it.
-    says = "no different from" if abs(gap) < 5e-4 else "above" if gap > 0 else "below"
-    pays = (gap < 0) == (metric == "loss") and abs(gap) >= 5e-4
-    wins = sum((a < b) if metric == "loss" else (a > b) for a, b in pairs)
-    scores = f"{mean(a for a, _ in pairs):.3f} and {mean(b for _, b in pairs):.3f}, better in {wins} of {len(pairs)}"
-    so = "distillation pays" if pays else "distillation does not pay"
-    return [f"{what}: {metric} {abs(gap):.3f} {says} {than} ({scores}): {so}"]
+    run, experiment = group[0]
+    what = "the shared student" if baseline.against == "shared" else f"{LOCAL[_predict_with(experiment)][0]}, own data"
+    gaps = [a - b for a, b in pairs.values()]
+    ours, theirs = (mean(side) for side in zip(*pairs.values(), strict=True))
+    found, says = _judged(gaps, _sign(run.metric))
+    return [f"{experiment.name}: {what}: {run.metric} {ours:.3f}, {baseline.words} {theirs:.3f}: {found}: {says}"]
+
+
+def _judged(gaps: Sequence[float], sign: int) -> tuple[str, str]:
+    """The mean difference in words, and what follows from it."""
+    gap = mean(gaps)
+    if len(gaps) == 1:
+        return f"{gap:+.3f}, one seed", "run other seeds before you believe it"
+    half = float(stdtrit(len(gaps) - 1, (1 + CONFIDENCE) / 2)) * stdev(gaps) / sqrt(len(gaps))
+    found = f"{gap:+.3f} +- {half:.3f} over {len(gaps)} seeds"
+    if abs(gap) <= max(half, MARGIN):
+        return found, "no difference that can be told"
+    return found, "distillation pays" if sign * gap > 0 else "distillation does not pay"
+
+
+def _predict_with(experiment: Experiment) -> str:
+    return str(getattr(experiment.algorithm, "predict_with", "teacher"))
+
+
+def _sign(metric: str) -> int:
+    """1 where more is better, -1 where less is."""
+    return -1 if metric == "loss" else 1

@@ -51,6 +51,37 @@ def test_training_with_state_carried_over_is_uninterrupted_training_bit_for_bit(
     assert same(weights(parted), weights(whole))
 
 
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_a_parameter_whose_memory_is_strided_moves_as_any_other(options: OptimizerOptions) -> None:
+    def moved(*, strided: bool) -> np.ndarray:
+        start = torch.linspace(-1, 1, 12).reshape(4, 3)
+        parameter = nn.Parameter(start.t().contiguous().t() if strided else start.clone())
+        assert parameter.is_contiguous() is not strided
+        state: dict[str, np.ndarray] = {}
+        for begin in (0, 3):
+            optimizer = Optimizer(options, [("w", parameter)])
+            optimizer.write_state("kept/", state)
+            for step in range(begin, begin + 3):
+                ((parameter * torch.arange(12.0).reshape(4, 3) + step) ** 2).sum().backward()
+                optimizer.step()
+            state = optimizer.read_state("kept/")
+        return parameter.detach().numpy().copy()
+
+    np.testing.assert_allclose(moved(strided=True), moved(strided=False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_a_parameter_may_get_its_first_gradient_later_than_others(options: OptimizerOptions) -> None:
+    early, late = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    optimizer = Optimizer(options, [("early", early), ("late", late)])
+    (early**2).sum().backward()
+    optimizer.step()
+    assert torch.equal(late, torch.ones(2, 2))
+    (early**2 + late**2).sum().backward()
+    optimizer.step()
+    assert (late < 1).all()
+
+
 def test_an_optimizer_begun_afresh_goes_another_way() -> None:
     # Else the test above could not fail.
     whole, parted = network(), network()

@@ -48,3 +48,13 @@ def test_trust_is_a_constant_and_needs_a_label(trust: Trust) -> None:
 def test_the_log_prior_is_the_smoothed_share_of_each_class() -> None:
     torch.testing.assert_close(log_prior([3, 0, 1]).exp(), torch.tensor([4.0, 1.0, 2.0]) / 7)
     assert log_prior([10**9, 0]).isfinite().all()
+
+
+@pytest.mark.parametrize("trust", ["all", "right", "probability", "better"])
+def test_what_stands_where_there_is_no_label_reaches_neither_loss_nor_gradient(trust: Trust) -> None:
+    nothing = torch.where(GOLD[:, None] == NO_LABEL, float("nan"), 0.0)
+    learner = (LEARNER + nothing).requires_grad_()
+    loss = distillation(learner, GUIDE + nothing, GOLD, trust=trust)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), distillation(LEARNER, GUIDE, GOLD, trust=trust))
+    assert learner.grad is not None and learner.grad.isfinite().all()

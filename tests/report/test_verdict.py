@@ -4,17 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from fedkd_flwr.experiment import CONFIG_FILE, Experiment, baselines_of
 from fedkd_flwr.report.runs import RunResult
 from fedkd_flwr.report.verdict import verdict
+from tests.conftest import small
 
-FEDKD = {"name": "fedkd", "predict_with": "teacher"}
-STUDENT_ALONE = {"name": "fedavg", "model": "student"}
-TEACHER_ALONE = {"name": "local_only", "model": "teacher"}
-FEDAVG = {"name": "fedavg", "model": "teacher"}
-CODEC = {"name": "transform_coding"}
-DENSE = {"name": "identity"}
+SCOPES = ("shared_global", "shared_local", "private_local", "ensemble_local")
 
 
 class Runs:
@@ -25,34 +21,22 @@ class Runs:
 
     def __call__(
         self,
-        algorithm: dict[str, Any],
+        experiment: Experiment,
         shared: float | None = None,
         *,
-        seed: int = 0,
-        compressor: dict[str, Any] = CODEC,
         metric: str = "accuracy",
-        task: str = "digits",
+        status: str = "completed",
+        stopped_early: str | None = None,
         **local: float,
     ) -> RunResult:
         directory = self._directory / str(len(list(self._directory.iterdir())))
         directory.mkdir()
-        config = {
-            "seed": seed,
-            "num_clients": 3,
-            "num_rounds": 1,
-            "server": {},
-            "task": {"name": task},
-            "algorithm": algorithm,
-            "compressor": compressor,
-        }
-        (directory / "config.yaml").write_text(yaml.safe_dump(config))
-        scores = {scope: {metric: local[scope]} if scope in local else None for scope in SCOPES}
+        (directory / CONFIG_FILE).write_text(experiment.to_yaml())
+        scores: dict[str, Any] = {scope: {metric: local[scope]} if scope in local else None for scope in SCOPES}
         scores["shared_global"] = None if shared is None else {metric: shared}
         row = {"kind": "round", "round": 1, "metrics": scores}
-        return RunResult(directory, {"experiment": "x", "seed": seed, "metrics": scores}, (row,))
-
-
-SCOPES = ("shared_global", "shared_local", "private_local", "ensemble_local")
+        facts = {"experiment": experiment.name, "seed": experiment.seed, "status": status}
+        return RunResult(directory, {**facts, "stopped_early": stopped_early, "metrics": scores}, (row,))
 
 
 @pytest.fixture
@@ -60,62 +44,127 @@ def made(tmp_path: Path) -> Runs:
     return Runs(tmp_path)
 
 
+def fedkd(seed: int = 0, *overrides: str) -> Experiment:
+    return small(f"seed={seed}", *overrides)
+
+
+def baseline(which: str, seed: int = 0, *overrides: str) -> Experiment:
+    """One of those that `fedkd` of the same arguments must beat."""
+    return {each.name: of for each, of in baselines_of(fedkd(seed, *overrides))}[which]
+
+
+def student_alone(seed: int = 0, *overrides: str) -> Experiment:
+    return baseline("fedavg_student", seed, *overrides)
+
+
 def test_without_fedkd_there_is_nothing_to_say(made: Runs) -> None:
-    assert verdict([made(STUDENT_ALONE, 0.9), made(TEACHER_ALONE, private_local=0.8)]) == []
+    assert verdict([made(student_alone(), 0.9), made(baseline("local_only"), private_local=0.8)]) == []
 
 
-def test_a_student_above_fedavg_of_it_pays(made: Runs) -> None:
-    lines = verdict([made(FEDKD, 0.92), made(STUDENT_ALONE, 0.9)])
-    assert lines == [
-        "the shared student: accuracy 0.020 above FedAvg of it (0.920 and 0.900, better in 1 of 1): distillation pays"
+def test_one_seed_gives_a_difference_and_no_verdict(made: Runs) -> None:
+    assert verdict([made(fedkd(), 0.92), made(student_alone(), 0.9)]) == [
+        "small: the shared student: accuracy 0.920, the same student without a teacher 0.900: +0.020, one seed: "
+        "run other seeds before you believe it"
     ]
 
 
-def test_a_student_below_it_does_not_and_seeds_are_paired(made: Runs) -> None:
-    fedkd = [made(FEDKD, score, seed=seed) for seed, score in enumerate((0.90, 0.80))]
-    alone = [made(STUDENT_ALONE, score, seed=seed) for seed, score in enumerate((0.89, 0.85))]
-    lines = verdict([*fedkd, *alone])
-    assert lines == [
-        "the shared student: accuracy 0.020 below FedAvg of it (0.850 and 0.870, better in 1 of 2): "
-        "distillation does not pay"
-    ]
-
-
-def test_a_difference_below_a_thousandth_is_none(made: Runs) -> None:
-    (line,) = verdict([made(FEDKD, 0.9002), made(STUDENT_ALONE, 0.9)])
-    assert "no different from" in line and line.endswith("does not pay")
+@pytest.mark.parametrize(
+    ("ours", "theirs", "says"),
+    [
+        ((0.92, 0.93, 0.94), (0.90, 0.91, 0.92), "+0.020 +- 0.000 over 3 seeds: distillation pays"),
+        ((0.90, 0.91, 0.92), (0.92, 0.93, 0.94), "-0.020 +- 0.000 over 3 seeds: distillation does not pay"),
+        ((0.92, 0.90, 0.91), (0.90, 0.91, 0.91), "over 3 seeds: no difference that can be told"),
+        ((0.9005, 0.9105, 0.9205), (0.90, 0.91, 0.92), "over 3 seeds: no difference that can be told"),
+    ],
+)
+def test_seeds_are_paired_and_a_verdict_needs_more_than_their_spread(
+    made: Runs, ours: tuple[float, ...], theirs: tuple[float, ...], says: str
+) -> None:
+    runs = [made(fedkd(seed), score) for seed, score in enumerate(ours)]
+    runs += [made(student_alone(seed), score) for seed, score in reversed(list(enumerate(theirs)))]
+    (line,) = verdict(runs)
+    assert line.endswith(says)
 
 
 def test_a_lower_loss_is_better(made: Runs) -> None:
-    (line,) = verdict([made(FEDKD, 0.5, metric="loss"), made(STUDENT_ALONE, 0.7, metric="loss")])
-    assert "0.200 below" in line and "better in 1 of 1" in line and line.endswith("distillation pays")
+    runs = [made(fedkd(seed), 0.5 + seed / 10, metric="loss") for seed in (0, 1)]
+    runs += [made(student_alone(seed), 0.7 + seed / 10, metric="loss") for seed in (0, 1)]
+    (line,) = verdict(runs)
+    assert "-0.200" in line and line.endswith("distillation pays")
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"compressor": DENSE}, {"task": "mnist"}], ids=str)
-def test_a_student_alone_under_other_conditions_is_not_compared(made: Runs, other: dict[str, Any]) -> None:
-    assert verdict([made(FEDKD, 0.92), made(STUDENT_ALONE, 0.9, **other)]) == []
+@pytest.mark.parametrize(
+    "other",
+    [
+        "num_rounds=4",
+        "compressor={name: identity}",
+        "algorithm.local.num_epochs=3",
+        "algorithm.student_optimizer={name: sgd, learning_rate: 0.1}",
+        "algorithm.keep_student_moments=true",
+        "algorithm.logit_adjustment=0.5",
+        "task.partition={name: dirichlet, alpha: 0.5}",
+    ],
+)
+def test_a_student_alone_that_differs_in_more_than_the_teacher_is_not_compared(made: Runs, other: str) -> None:
+    assert verdict([made(fedkd(), 0.92), made(student_alone(0, other), 0.9)]) == []
+    assert len(verdict([made(fedkd(0, other), 0.92), made(student_alone(0, other), 0.9)])) == 1
+
+
+def test_another_seed_is_not_compared(made: Runs) -> None:
+    assert verdict([made(fedkd(0), 0.92), made(student_alone(1), 0.9)]) == []
+
+
+def test_each_experiment_is_judged_by_itself(made: Runs) -> None:
+    paper = "algorithm={name: fedkd_paper, local: {num_epochs: 1, batch_size: 128}}"
+    lines = verdict([made(fedkd(), 0.92), made(fedkd(0, paper, "name=paper"), 0.88), made(student_alone(), 0.9)])
+    assert [line.split(":")[0] for line in lines] == ["small", "paper"]
+    assert "+0.020" in lines[0] and "-0.020" in lines[1]
 
 
 def test_what_clients_predict_with_is_held_against_both_ways_to_have_a_teacher(made: Runs) -> None:
-    fedkd = made(FEDKD | {"predict_with": "ensemble"}, shared_local=0.8, private_local=0.7, ensemble_local=0.85)
-    alone, fedavg = made(TEACHER_ALONE, private_local=0.75), made(FEDAVG, shared_local=0.9, compressor=DENSE)
-    of_models, than_alone, than_fedavg = verdict([fedkd, alone, fedavg])
+    ours = made(fedkd(), shared_local=0.8, private_local=0.7, ensemble_local=0.85)
+    alone = made(baseline("local_only"), private_local=0.75)
+    dense = made(baseline("fedavg"), shared_local=0.9)
+    of_models, than_alone, than_fedavg = verdict([ours, alone, dense])
     assert of_models == (
-        "x (seed 0): accuracy on the clients' own data: the shared student 0.800, the private teachers 0.700, "
+        "small (seed 0): accuracy on the clients' own test data: the shared student 0.800, the private teachers 0.700, "
         "both together 0.850"
     )
-    assert "0.100 above teachers that train alone (0.850 and 0.750" in than_alone
-    assert "0.050 below FedAvg of the teacher (0.850 and 0.900" in than_fedavg
+    assert "both together, own data: accuracy 0.850, teachers that train alone 0.750: +0.100" in than_alone
+    assert "both together, own data: accuracy 0.850, dense FedAvg of the teacher 0.900: -0.050" in than_fedavg
 
 
-@pytest.mark.parametrize(("chosen", "best"), [("teacher", "student"), ("student", "student"), ("ensemble", "student")])
-def test_a_better_choice_of_what_to_predict_with_is_named(made: Runs, chosen: str, best: str) -> None:
-    run = made(FEDKD | {"predict_with": chosen}, shared_local=0.9, private_local=0.7, ensemble_local=0.85)
+def test_a_teacher_alone_is_the_same_whatever_the_compressor(made: Runs) -> None:
+    ours = made(fedkd(0, "compressor={name: identity}"), shared_local=0.8, private_local=0.7, ensemble_local=0.85)
+    assert len(verdict([ours, made(baseline("local_only"), private_local=0.75)])) == 2
+
+
+@pytest.mark.parametrize("chosen", ["student", "teacher", "ensemble"])
+@pytest.mark.parametrize(("student", "best"), [(0.9, "student"), (0.8505, None)])
+def test_a_better_choice_of_what_to_predict_with_is_named_if_it_is_better_by_more_than_nothing(
+    made: Runs, chosen: str, student: float, best: str | None
+) -> None:
+    run = made(
+        fedkd(0, f"algorithm.predict_with={chosen}"), shared_local=student, private_local=0.85, ensemble_local=0.85
+    )
     (line,) = verdict([run])
-    assert line.endswith(f"best: predict_with {best}, this run has {chosen}") == (chosen != best)
+    assert line.endswith(f"best on it: predict_with student, this run has {chosen}") == (
+        best is not None and chosen != best
+    )
 
 
-def test_a_run_whose_configuration_is_lost_is_left_out(made: Runs) -> None:
-    run = made(FEDKD, 0.9)
-    (run.directory / "config.yaml").unlink()
-    assert verdict([run, made(STUDENT_ALONE, 0.8)]) == []
+@pytest.mark.parametrize(
+    "state", [{"status": "unfinished"}, {"status": "failed"}, {"stopped_early": "target"}], ids=str
+)
+def test_a_run_that_was_not_carried_through_is_left_out(made: Runs, state: dict[str, str]) -> None:
+    assert verdict([made(fedkd(), 0.9, **state), made(student_alone(), 0.8)]) == []  # type: ignore[arg-type]
+    assert verdict([made(fedkd(), 0.9), made(student_alone(), 0.8, **state)]) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]", "name: x\n"], ids=["lost", "torn", "a list", "of another version"])
+def test_a_run_whose_configuration_can_not_be_read_is_left_out(made: Runs, text: str | None) -> None:
+    run = made(fedkd(), 0.9)
+    (run.directory / CONFIG_FILE).unlink()
+    if text is not None:
+        (run.directory / CONFIG_FILE).write_text(text)
+    assert verdict([run, made(student_alone(), 0.8)]) == []
