@@ -28,6 +28,7 @@ LEVERS = {
     "guide_warmup 0.3": ("algorithm.guide_warmup=0.3",),
     "logit_adjustment 1": ("algorithm.logit_adjustment=1.0",),
     "proximal_mu 0.01": ("algorithm.proximal_mu=0.01",),
+    "teacher_anchor 0.5": ("algorithm.teacher_anchor=0.5",),
     "temperature 2": ("algorithm.temperature=2.0",),
     "divisor_floor 0.1": ("algorithm.divisor_floor=0.1",),
     "divisor_floor 1": ("algorithm.divisor_floor=1.0",),

@@ -51,9 +51,8 @@ def print_table(results: list[dict[str, Any]], task: str, reference: str) -> Non
     """A Markdown table; differences are paired by seed."""
     of_reference = {row["seed"]: row["score"] for row in results if row["label"] == reference}
     metric = results[0]["metric"]
-    print(
-        f"| {task} | seeds | {metric}, shared model | minus {reference} | shared, local | private, local | both, local | MB | fewer |"
-    )
+    local = " | ".join(f"{scope.removesuffix('_local')}, local" for scope in SCOPES)
+    print(f"| {task} | seeds | {metric}, shared model | minus {reference} | {local} | MB | fewer |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for label in dict.fromkeys(row["label"] for row in results):
         rows = [row for row in results if row["label"] == label]

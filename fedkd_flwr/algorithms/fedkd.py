@@ -33,7 +33,7 @@ from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
 from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOptions, forward, prior_of, run_epochs
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.losses import DistillationTerms, Side, Trust, adaptive_divisor, own_loss, task_loss
-from fedkd_flwr.core.modules import prefixed, read_arrays, write_arrays
+from fedkd_flwr.core.modules import move_towards, prefixed, read_arrays, write_arrays
 from fedkd_flwr.core.predictions import ensemble
 from fedkd_flwr.core.protocols import Batch, ClientData, Models, Outputs, Task
 from fedkd_flwr.core.seeds import derive_seed
@@ -74,6 +74,10 @@ class FedKDOptions(AlgorithmOptions):
             (Menon et al., ICLR 2021, https://arxiv.org/abs/2007.07314). 0 is off, 1 is balanced softmax. What is scored
             and exported has no such addend; with `class_weights` of a task it would correct twice.
         proximal_mu: weight of (mu / 2) * ||w - w_shared||^2 on the student, as in FedProx; 0 is off.
+        teacher_anchor: share of the way to the student on which the teacher begins each round, in [0, 1]:
+            w_t <- (1 - share) * w_t + share * w_s, for every parameter that both have under one name and in one shape.
+            0 leaves the teacher to itself; 1 makes one of the student's size a copy of it that is fine-tuned on the
+            client.
         predict_with: what a client predicts with, and so what it writes at the end: both models, by the mean of their
             probabilities; its teacher, as in the paper; or the student, which the server writes anyway. All three are
             scored.
@@ -100,6 +104,7 @@ class FedKDOptions(AlgorithmOptions):
     guide_warmup: float = Field(0.0, ge=0, lt=1)
     logit_adjustment: float = Field(0.0, ge=0)
     proximal_mu: float = Field(0.0, ge=0)
+    teacher_anchor: float = Field(0.0, ge=0, le=1)
     predict_with: Literal["student", "teacher", "ensemble"] = "ensemble"
     local: LocalTraining = LocalTraining()
     student_optimizer: OptimizerOptions = OptimizerOptions()
@@ -231,6 +236,8 @@ class FedKDClient:
         options, teacher = self._options, self._teachers[data.teacher]
         self._shared.load(shared)
         teacher.load(private)
+        if options.teacher_anchor:
+            move_towards(teacher.module, self._shared.module, options.teacher_anchor)
         optimizers = {
             _STUDENT_OPTIMIZER: Optimizer(options.student_optimizer, self._shared.module.named_parameters()),
             _TEACHER_OPTIMIZER: Optimizer(options.teacher_optimizer, teacher.module.named_parameters()),

@@ -70,6 +70,7 @@ class FedKDPaperOptions(AlgorithmOptions):
             guide_warmup=0.0,
             logit_adjustment=0.0,
             proximal_mu=0.0,
+            teacher_anchor=0.0,
             predict_with="teacher",
             local=self.local,
             student_optimizer=self.student_optimizer,

@@ -66,6 +66,22 @@ def write_arrays(module: nn.Module, arrays: Arrays, prefix: str = "", *, frozen:
             tensor.copy_(torch.tensor(value).reshape(tensor.shape))
 
 
+def move_towards(module: nn.Module, other: nn.Module, share: float) -> None:
+    """Move trainable parameters of `module` by `share` of the way to those of `other`, of the same name and shape.
+
+    Args:
+        module: changed in place.
+        other: on the same device.
+        share: in [0, 1]; 1 copies.
+    """
+    goals = dict(other.named_parameters())
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            goal = goals.get(name)
+            if parameter.requires_grad and goal is not None and goal.shape == parameter.shape:
+                parameter.lerp_(goal, share)
+
+
 def on_device_of(model: nn.Module, batch: Batch) -> Batch:
     """The batch on the device of the model's parameters: the same tensors where they are there already."""
     parameter = next(model.parameters(), None)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedkd_flwr.algorithms.base import Assignment, Trained
+from fedkd_flwr.algorithms.base import Algorithm, Assignment, Trained
+from fedkd_flwr.algorithms.loop import OptimizerOptions
 from fedkd_flwr.core.arrays import Array
 from fedkd_flwr.core.protocols import ClientData, Task
 from tests.algorithms.conftest import (
@@ -113,3 +114,32 @@ def test_guidance_counts_by_its_factor_on_one_side_only(task: Task, data: Client
     assert norm(pull) > 0
     assert norm(more) == pytest.approx(2 * norm(pull), rel=1e-3)
     assert same(once[other], thrice[other])
+
+
+def shared_and_moved(algorithm: Algorithm) -> dict[str, Array]:
+    """A shared student that is not of version 0."""
+    return {name: value + np.float32(0.25) for name, value in algorithm.shared.initial().items()}
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_an_anchored_teacher_begins_a_round_part_of_the_way_to_the_student(
+    task: Task, data: ClientData, share: float
+) -> None:
+    """Training that leaves everything where it is shows where it began."""
+    still = OptimizerOptions(name="sgd", learning_rate=1e-30)
+    algorithm = fedkd(task, teacher_anchor=share, student_optimizer=still, teacher_optimizer=still, local=ONE_STEP)
+    shared, private = shared_and_moved(algorithm), algorithm.client.initial_private(data)
+    before = under("teacher/", private)
+    after = teacher_of(algorithm.client.train(shared, private, data, FIRST))
+    common = [name for name in before if name in shared and shared[name].shape == before[name].shape]
+    assert "classifier.weight" in common and len(common) < len(before)  # the teacher has a layer more
+    for name, value in after.items():
+        expected = (1 - share) * before[name] + share * shared[name] if name in common else before[name]
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_an_anchor_the_teacher_stays_with_itself(task: Task, data: ClientData) -> None:
+    algorithm = fedkd(task)
+    private = algorithm.client.initial_private(data)
+    moved = algorithm.client.train(shared_and_moved(algorithm), private, data, FIRST)
+    assert same(teacher_of(moved), teacher_of(train(algorithm, data, private)))
