@@ -212,7 +212,10 @@ def test_options_of_the_new_plug_in_are_set_after_it() -> None:
 
 def test_an_option_of_the_old_plug_in_is_refused_after_the_swap() -> None:
     message = message_of(BASE, "algorithm.name=fedavg", "algorithm.mutual=true")
-    assert message == "algorithm.mutual: unknown key; allowed: name, model, local, optimizer, keep_moments"
+    assert (
+        message
+        == "algorithm.mutual: unknown key; allowed: name, model, local, optimizer, keep_moments, logit_adjustment"
+    )
 
 
 ONE_REPLY = ("server.min_replies=1", "server.allow_single_reply=true")
