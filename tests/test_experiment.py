@@ -24,7 +24,7 @@ algorithm:
 compressor: {name: svd, energy_start: 0.5}
 """
 OUTER_KEYS = "name, seed, num_clients, num_rounds, output_dir, task, algorithm, compressor, server"
-ALGORITHM_NAMES = "'fedavg', 'fedkd', 'fedprox', 'local_only'"
+ALGORITHM_NAMES = "'fedavg', 'fedkd', 'fedkd_paper', 'fedprox', 'local_only'"
 COMPRESSOR_NAMES = ", ".join(repr(name) for name in COMPRESSORS)
 FILE_NAME = "1 to 64 letters, digits, dots, dashes or underscores, the first a letter or digit"
 
