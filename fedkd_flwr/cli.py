@@ -124,7 +124,7 @@ def compare(
         ]
     for experiment in experiments:
         _root(experiment, output_dir)
-    for experiment in experiments if len(experiments) > 1 else ():
+    for experiment in experiments:
         runtime_of(experiment)  # what can't be built is better known before hours of others
     noted: set[str] = set()
     directories = [_run(experiment, output_dir, in_process, noted) for experiment in experiments]
