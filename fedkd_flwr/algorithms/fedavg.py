@@ -21,7 +21,15 @@ from fedkd_flwr.algorithms.base import (
     Trained,
     num_parameters,
 )
-from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOptions, Penalty, prior_of, train_supervised
+from fedkd_flwr.algorithms.loop import (
+    LocalTraining,
+    Optimizer,
+    OptimizerOptions,
+    Penalty,
+    prior_of,
+    require_counts,
+    train_supervised,
+)
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.protocols import ClientData, Models, Task
 
@@ -51,8 +59,9 @@ class FedAvgOptions(AlgorithmOptions):
         """FedAvg of the chosen model.
 
         Raises:
-            ValueError: if clients have different ones.
+            ValueError: if clients have different ones, or logits are to be adjusted and labels are not counted.
         """
+        require_counts(task, self.logit_adjustment)
         models = task.build_models(seed)
         shared = SharedModel(task, common_model(models, self.model))
         client = FedAvgClient(

@@ -30,7 +30,15 @@ from fedkd_flwr.algorithms.fedavg import FedAvgOptions
 from fedkd_flwr.algorithms.fedprox import FedProxOptions, proximal_penalty
 from fedkd_flwr.algorithms.guidance import Guidance, Wanted, find_guidance, projections_of
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
-from fedkd_flwr.algorithms.loop import LocalTraining, Optimizer, OptimizerOptions, forward, prior_of, run_epochs
+from fedkd_flwr.algorithms.loop import (
+    LocalTraining,
+    Optimizer,
+    OptimizerOptions,
+    forward,
+    prior_of,
+    require_counts,
+    run_epochs,
+)
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.losses import DistillationTerms, Side, Trust, adaptive_divisor, own_loss, task_loss
 from fedkd_flwr.core.modules import move_towards, prefixed, read_arrays, write_arrays
@@ -128,8 +136,9 @@ class FedKDOptions(AlgorithmOptions):
         """FedKD between the task's teachers and its student.
 
         Raises:
-            ValueError: if the layers can't be mapped, or a term asks for what the models don't return.
+            ValueError: if the layers can't be mapped, or a term asks for what the models or the task don't have.
         """
+        require_counts(task, self.logit_adjustment)
         models = task.build_models(seed)
         shared = SharedModel(task, models.student)
         client = FedKDClient(task, models, shared, self, seed)

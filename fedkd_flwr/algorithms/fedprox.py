@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions, MeanUpdateServer, SharedModel, num_parameters
 from fedkd_flwr.algorithms.fedavg import FedAvgClient, common_model
-from fedkd_flwr.algorithms.loop import LocalTraining, OptimizerOptions, Penalty
+from fedkd_flwr.algorithms.loop import LocalTraining, OptimizerOptions, Penalty, require_counts
 from fedkd_flwr.core.protocols import Task
 
 
@@ -40,8 +40,9 @@ class FedProxOptions(AlgorithmOptions):
         """FedProx of the chosen model.
 
         Raises:
-            ValueError: if clients have different ones.
+            ValueError: if clients have different ones, or logits are to be adjusted and labels are not counted.
         """
+        require_counts(task, self.logit_adjustment)
         models = task.build_models(seed)
         shared = SharedModel(task, common_model(models, self.model))
         client = FedAvgClient(

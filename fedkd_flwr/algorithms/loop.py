@@ -24,6 +24,7 @@ __all__ = [
     "Penalty",
     "forward",
     "prior_of",
+    "require_counts",
     "run_epochs",
     "train_supervised",
 ]
@@ -173,16 +174,20 @@ def _share_done(assignment: Assignment, step: int, num_steps: int) -> float:
     return assignment.begin + (assignment.end - assignment.begin) * min(step / num_steps, 1.0)
 
 
-def prior_of(data: ClientData, strength: float) -> Tensor | None:
-    """What logit adjustment adds to the logits on a client: [classes]; None where there is nothing to add.
+def require_counts(task: Task, logit_adjustment: float) -> None:
+    """Raise ValueError if logits are to be adjusted by frequencies of classes that the task does not know."""
+    if logit_adjustment and not task.counts_labels:
+        raise ValueError(
+            "algorithm.logit_adjustment must be 0 for a task whose labels are no classes that are counted, "
+            f"got {logit_adjustment:g}"
+        )
 
-    Raises:
-        ValueError: if the task's labels are no classes.
-    """
+
+def prior_of(data: ClientData, strength: float) -> Tensor | None:
+    """What logit adjustment adds to the logits on a client: [classes]; None where there is nothing to add."""
     if strength == 0:
         return None
-    if data.label_counts is None:
-        raise ValueError("algorithm.logit_adjustment: this task's labels are no classes; set it to 0")
+    assert data.label_counts is not None  # `require_counts`
     return strength * log_prior(data.label_counts)
 
 

@@ -95,6 +95,10 @@ class DataReport:
 class Task(Protocol):
     """What is learned: data, models and score."""
 
+    @property
+    def counts_labels(self) -> bool:
+        """Whether clients' data tells how many labels of each class it has; see `ClientData.label_counts`."""
+
     def client_data(self, partition_id: int) -> ClientData:
         """Data of one client."""
 

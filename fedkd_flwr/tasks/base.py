@@ -144,6 +144,8 @@ class TableTask(ABC):
         limit: bytes of clients' examples that a process keeps.
     """
 
+    counts_labels = True
+
     def __init__(self, options: ModelsOptions, rows: ClientRows, usable_test: Rows, limit: int) -> None:
         self._teacher_of = options.teacher_of
         self._rows = rows

@@ -93,6 +93,8 @@ class DigitsOptions(TaskOptions):
 class Digits:
     """The digits task; see the module's text."""
 
+    counts_labels = True
+
     def __init__(self, options: DigitsOptions, num_clients: int, seed: int) -> None:
         self._options = options
         self._seed = seed

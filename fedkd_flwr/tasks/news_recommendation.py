@@ -69,6 +69,8 @@ class NewsRecommendationOptions(TextTaskOptions):
 class NewsRecommendation(TableTask):
     """The news recommendation task; see the module's text."""
 
+    counts_labels = False  # which of the candidates was clicked is no class
+
     def __init__(self, options: NewsRecommendationOptions, num_clients: int, seed: int) -> None:
         self._options = options
         columns = options.data.columns
@@ -166,8 +168,8 @@ class NewsRecommendation(TableTask):
         """
         labels, found = predictions.labels, predictions.log_probabilities
         losses = [-of_one[clicks == 1] for of_one, clicks in zip(found, labels, strict=True)]
-        # A model that has diverged prefers nothing; its loss tells.
-        ranked = [of_one if np.isfinite(of_one).all() else np.zeros_like(of_one) for of_one in found]
+        # A model that has diverged prefers nothing; its loss tells. One that rules a candidate out has not.
+        ranked = [np.zeros_like(of_one) if np.isnan(of_one).any() else of_one for of_one in found]
         return ranking_scores(labels, ranked) | {"loss": float(np.concatenate(losses).mean())}
 
     def export(self, model: nn.Module, directory: Path) -> None:

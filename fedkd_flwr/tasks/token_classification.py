@@ -194,7 +194,10 @@ class TokenClassification(TextTask):
         return TaggedExamples({**sequences, "labels": labels}, self._padding, names, words)
 
     def _label_counts(self, rows: Rows) -> tuple[int, ...]:
-        tags = np.concatenate([self._tags["train"][row] for row in rows.tolist()])
+        """Of the tags that are learned from: words beyond `max_length` have none."""
+        first = read_sequences(self._tables["train"], rows, [WORDS])[WORDS]
+        of_rows = zip((self._tags["train"][row] for row in rows.tolist()), first, strict=True)
+        tags = np.concatenate([of_words[pieces[pieces >= 0]] for of_words, pieces in of_rows])
         return tuple(np.bincount(tags, minlength=len(self._label_names)).tolist())
 
     def _cut_off(self, usable: Mapping[str, Rows]) -> list[str]:

@@ -79,6 +79,10 @@ class Without:
         self._task = task
         self._hidden = hidden
 
+    @property
+    def counts_labels(self) -> bool:
+        return self._task.counts_labels
+
     def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
         out = self._task.forward(model, batch, hidden_states=hidden_states, attentions=attentions)
         return replace(out, **self._hidden)

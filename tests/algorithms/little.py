@@ -69,6 +69,8 @@ class Reader(nn.Module):
 class Little:
     """The first word decides the class. Client n has teacher n."""
 
+    counts_labels = False
+
     def __init__(
         self, teachers: Sequence[Net] = (Net(),), student: Net | None = None, class_weights: Tensor | None = None
     ) -> None:

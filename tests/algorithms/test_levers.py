@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedkd_flwr.algorithms.base import Algorithm, Assignment, Trained
+from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions, Assignment, Trained
+from fedkd_flwr.algorithms.fedavg import FedAvgOptions
+from fedkd_flwr.algorithms.fedkd import FedKDOptions
+from fedkd_flwr.algorithms.fedprox import FedProxOptions
 from fedkd_flwr.algorithms.loop import OptimizerOptions
 from fedkd_flwr.core.arrays import Array
 from fedkd_flwr.core.protocols import ClientData, Task
@@ -19,10 +22,11 @@ from tests.algorithms.conftest import (
     same,
     under,
 )
+from tests.algorithms.little import Little
 from tests.algorithms.rounds import TERMS, fedkd, student_alone, teacher_of, train, upload
 
 
-def skewed(data: ClientData, counts: tuple[int, ...] | None) -> ClientData:
+def skewed(data: ClientData, counts: tuple[int, ...]) -> ClientData:
     """The same examples, as if they had other labels."""
     return replace(data, label_counts=counts)
 
@@ -60,9 +64,12 @@ def test_fedavg_of_the_student_is_adjusted_alike(task: Task, data: ClientData) -
     assert not same(upload(fedkd(task), counts), student_alone(task, counts, logit_adjustment=1.0))
 
 
-def test_labels_that_are_no_classes_can_not_be_adjusted(task: Task, data: ClientData) -> None:
-    with pytest.raises(ValueError, match=r"algorithm\.logit_adjustment: this task's labels are no classes"):
-        train(fedkd(task, logit_adjustment=1.0), skewed(data, None))
+@pytest.mark.parametrize("options", [FedKDOptions, FedAvgOptions, FedProxOptions])
+def test_labels_that_are_not_counted_can_not_be_adjusted(options: type[AlgorithmOptions]) -> None:
+    """Found where the algorithm is built, so before anyone trains."""
+    with pytest.raises(ValueError, match=r"algorithm\.logit_adjustment must be 0 for a task .* got 0\.5"):
+        options.model_validate({"logit_adjustment": 0.5}).build(Little(), SEED)
+    options.model_validate({"logit_adjustment": 0.0}).build(Little(), SEED)
 
 
 @pytest.mark.parametrize("trust", ["right", "probability", "better"])

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,18 @@ def test_a_model_that_prefers_nothing_scores_as_chance(task: NewsRecommendation,
     nn.init.constant_(model.heads.projection.bias, float("nan"))
     diverged = score_of(task, model, task.test_data())
     assert np.isnan(diverged["loss"]) and diverged["auc"] == 0.5
+
+
+def test_a_candidate_that_is_ruled_out_is_last_and_the_others_keep_their_places(
+    task: NewsRecommendation, model: nn.Module
+) -> None:
+    examples = task.test_data()
+    predicted = task.predict(model, examples)
+    last = [np.where(of_one == of_one.min(), -np.inf, of_one) for of_one in predicted.log_probabilities]
+    expected = task.score(predicted, examples)
+    found = task.score(replace(predicted, log_probabilities=last), examples)
+    assert expected["auc"] != 0.5
+    assert found == expected | {"loss": found["loss"]}
 
 
 def test_the_student_begins_as_the_first_layers_of_its_teacher_with_its_heads(

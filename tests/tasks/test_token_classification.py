@@ -135,6 +135,19 @@ def test_what_is_cut_off_is_missed_and_noted(tiny_bert: Path, tmp_path: Path) ->
     )
 
 
+def test_tags_that_are_cut_off_are_not_counted_among_those_a_client_learns_from(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    rows = tagged([["so", "so", "so", "so", "fever", "fever"]] * 20)
+    source = write_splits(tmp_path, rows, rows)
+    task = build(source, tiny_bert, 2, max_length=7, label_names=NAMES)  # five words and two marks
+    for client in range(2):
+        data = task.client_data(client)
+        labels = torch.cat([batch["labels"].flatten() for batch in data.train.batches(64)])
+        assert data.label_counts == tuple(int((labels == tag).sum()) for tag in range(len(NAMES)))
+        assert data.label_counts[DISEASE] == len(data.train)
+
+
 def test_a_word_that_is_cut_in_half_keeps_its_tag(tiny_bert: Path, tmp_path: Path) -> None:
     task = on_the_server(tmp_path, tiny_bert, tagged([["so", "so", "aspirin"]]), max_length=5)
     assert batch_of(task.test_data())["labels"].tolist() == [[NO_LABEL, OUTSIDE, OUTSIDE, CHEMICAL, NO_LABEL]]

@@ -29,6 +29,8 @@ STEP = 2.0**-7
 class Points:
     """Two moons, divided evenly."""
 
+    counts_labels = False
+
     def __init__(self, num_clients: int, seed: int) -> None:
         points, labels = make_moons(PER_CLIENT * (num_clients + 4), noise=0.2, random_state=seed % 2**32)
         self._points, self._labels = torch.tensor(points, dtype=torch.float32), torch.tensor(labels)
