@@ -60,7 +60,7 @@ def client_of(context: Context, app_dir: Path) -> Client:
         ConfigError: if the node's configuration and the experiment don't fit.
     """
     settings = client_settings(context.run_config, context.node_config, app_dir)
-    runtime = runtime_of(settings.experiment)
+    runtime = runtime_of(settings.experiment, settings.data_path)
     return Client(settings, runtime, runtime.task.client_data(settings.partition_id))
 
 

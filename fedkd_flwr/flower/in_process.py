@@ -1,5 +1,6 @@
 """A run in this process: the same apps on a `LocalGrid`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedkd_flwr.experiment import Experiment
@@ -17,6 +18,7 @@ def run_in_process(
     *,
     resume: bool = False,
     force: bool = False,
+    nodes: Sequence[UserConfig] | None = None,
 ) -> Path:
     """Run an experiment with as many in-process nodes as it has clients.
 
@@ -27,14 +29,15 @@ def run_in_process(
         listener: called with every row of the ledger.
         resume: go on with the run that is there.
         force: even with another number of rounds.
+        nodes: configuration of each; by default each has one of the task's partitions.
 
     Returns:
         The run directory.
     """
     run_config = {"config-text": experiment.to_yaml(), "state-dir": str(run_dir / "state")}
-    nodes: list[UserConfig] = [
-        {"partition-id": client, "num-partitions": experiment.num_clients} for client in range(experiment.num_clients)
-    ]
+    num_clients = experiment.num_clients
+    if nodes is None:
+        nodes = [{"partition-id": client, "num-partitions": num_clients} for client in range(num_clients)]
     with task_identity():
         settings = ServerSettings(experiment, run_dir, resume, force)
         return serve(LocalGrid(client_app, nodes, run_config), settings, listener)

@@ -9,7 +9,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedkd_flwr.flower.errors import RunError
-from fedkd_flwr.flower.mailbox import Mailbox
+from fedkd_flwr.flower.mailbox import NOBODY, Mailbox
 from fedkd_flwr.flower.records import HELLO, Hello, HelloReply
 from fedkd_flwr.flower.reference import Reference
 from fedkd_flwr.flower.replies import content_of, reason_of
@@ -141,6 +141,10 @@ class Reception:
             self._failed[node_id] += 1
             self._first_failure = self._first_failure or reason_of(error)
             _log.warning("node %d did not say who it is: %s", node_id, reason_of(error))
+            if self._failed[node_id] == 1:  # it is asked again and again
+                self._ledger.write(
+                    "event", round=current.number, client=NOBODY, event=f"not taken in: {reason_of(error)}"
+                )
             return
         del self._failed[node_id]
         key = reply.client_key

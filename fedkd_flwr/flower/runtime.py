@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -35,24 +36,28 @@ class Runtime:
     lineage: bytes
 
 
-def runtime_of(experiment: Experiment) -> Runtime:
+def runtime_of(experiment: Experiment, data_path: Path | None = None) -> Runtime:
     """Build the experiment, or give the one that this process has built already.
 
     Limits torch and BLAS to one thread: two busy processes with two threads each on two cores run a hundred times
     slower, and the number of threads decides the last bits of a sum.
 
+    Args:
+        experiment: to build.
+        data_path: of a node with data of its own; None where the experiment's is divided.
+
     Raises:
         ConfigError: if it can't be built.
     """
     torch.set_num_threads(1)
-    return _built(experiment.to_yaml())
+    return _built(experiment.to_yaml(), data_path)
 
 
 @lru_cache(maxsize=1)
-def _built(text: str) -> Runtime:
+def _built(text: str, data_path: Path | None) -> Runtime:
     threadpool_limits(1)
     experiment = parse(text)
-    task = experiment.build_task()
+    task = experiment.build_task(data_path)
     algorithm = experiment.build_algorithm(task)
     initial = algorithm.shared.initial()
     wires = algorithm.shared.wires(experiment.build_codec)

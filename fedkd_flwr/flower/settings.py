@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from uuid import uuid4
 
 import fedkd_flwr
 from fedkd_flwr.experiment import NAME_PATTERN, ConfigError, Experiment, load, parse
@@ -21,6 +22,9 @@ from fedkd_flwr.experiment import NAME_PATTERN, ConfigError, Experiment, load, p
 UserConfig = Mapping[str, bool | float | int | str]
 
 APP_FILES = ("server_app.py", "client_app.py")
+NAME_FILE = "client-id"
+NODE_KEYS = ("partition-id", "num-partitions", "client-id", "name", "data-path", "state-dir", "device")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +49,18 @@ class ClientSettings:
     """What a client needs beside the message.
 
     Attributes:
-        experiment: the validated configuration.
+        experiment: the validated configuration, on the device that the node names.
         state_dir: root of client states on this machine.
         client_key: the client's lasting name.
-        partition_id: which part of the task's data is its own.
+        partition_id: which part of the task's data is its own, and which of several teachers.
+        data_path: where its own data is; None where it has a part of the task's.
     """
 
     experiment: Experiment
     state_dir: Path
     client_key: str
     partition_id: int
+    data_path: Path | None = None
 
 
 def server_settings(run_config: UserConfig, app_dir: Path) -> ServerSettings:
@@ -78,20 +84,83 @@ def client_settings(run_config: UserConfig, node_config: UserConfig, app_dir: Pa
     Raises:
         ConfigError: if the experiment can't be run as written, or the node is not told which client it is.
     """
-    experiment = _experiment(run_config, app_dir)
-    partition_id = node_config.get("partition-id")
+    _check_node_keys(node_config)
+    experiment = _experiment(run_config, app_dir, _device(node_config))
+    data_path = _data_path(node_config)
+    partition_id = node_config.get("partition-id", 0 if data_path else None)
     if not isinstance(partition_id, int) or isinstance(partition_id, bool):
-        raise ConfigError(f"node config: partition-id must be an integer from 0, got {partition_id!r}")
+        raise ConfigError(
+            f"node config: partition-id must be an integer from 0, got {partition_id!r}; set it, or a data-path"
+        )
     if not 0 <= partition_id < experiment.num_clients:
         raise ConfigError(
             f"node config: partition-id must be in [0, {experiment.num_clients - 1}] for num_clients "
             f"{experiment.num_clients}, got {partition_id}"
         )
-    key = str(node_config.get("client-id", f"{partition_id:05d}"))
-    if not re.fullmatch(NAME_PATTERN, key):
-        raise ConfigError(f"node config: client-id must match {NAME_PATTERN}, got {key!r}")
     state_dir = _directory(node_config.get("state-dir")) or _directory(run_config.get("state-dir"))
-    return ClientSettings(experiment, state_dir or default_state_dir(), key, partition_id)
+    state_dir = state_dir or default_state_dir()
+    return ClientSettings(
+        experiment, state_dir, _client_key(node_config, partition_id, state_dir), partition_id, data_path
+    )
+
+
+def _check_node_keys(node_config: UserConfig) -> None:
+    """Refuse a key that is one of ours but for its spelling; others may be for other apps of the node."""
+    for key in node_config:
+        meant = key.lower().replace("_", "-")
+        if key not in NODE_KEYS and meant in NODE_KEYS:
+            raise ConfigError(f"node config: unknown key {key!r}; write {meant}")
+
+
+def _device(node_config: UserConfig) -> tuple[str, ...]:
+    """The override that puts the client's models where its node wants them; see `LocalTraining.device`."""
+    device = node_config.get("device", "auto")
+    if device not in DEVICES:
+        raise ConfigError(f"node config: device must be one of {', '.join(DEVICES)}, got {device!r}")
+    return () if device == "auto" else (f"algorithm.local.device={device}",)
+
+
+def _data_path(node_config: UserConfig) -> Path | None:
+    # Its value stays out of the message, which the server gets to read.
+    path = _directory(node_config.get("data-path"))
+    if path is not None and not path.exists():
+        raise ConfigError("node config: data-path must be a folder or file of the node, there is none")
+    return path
+
+
+def _client_key(node_config: UserConfig, partition_id: int, state_dir: Path) -> str:
+    """The lasting name: as configured, else by partition, else drawn once and kept beside the state."""
+    names = {key: str(node_config[key]) for key in ("client-id", "name") if key in node_config}
+    if len(set(names.values())) > 1:
+        raise ConfigError(
+            f"node config: client-id and name say the same, got {' and '.join(map(repr, names.values()))}"
+        )
+    for key, name in names.items():
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise ConfigError(f"node config: {key} must match {NAME_PATTERN}, got {name!r}")
+        return name
+    return f"{partition_id:05d}" if "partition-id" in node_config else lasting_name(state_dir)
+
+
+def lasting_name(state_dir: Path) -> str:
+    """The name of the client that keeps its state there: drawn when it is first asked for, the same ever after.
+
+    Raises:
+        ConfigError: if the directory can't be written.
+    """
+    path = state_dir / NAME_FILE
+    try:
+        if path.is_file() and re.fullmatch(NAME_PATTERN, name := path.read_text(encoding="utf-8")):
+            return name
+        state_dir.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(name := uuid4().hex, encoding="utf-8")
+        partial.replace(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"node config: state-dir can't keep a name ({type(error).__name__}); correct it, or set client-id"
+        ) from None
+    return name
 
 
 def default_state_dir() -> Path:
@@ -119,10 +188,10 @@ def _run_to_resume(runs: Path, name: str) -> Path:
     return runs / name
 
 
-def _experiment(run_config: UserConfig, app_dir: Path) -> Experiment:
+def _experiment(run_config: UserConfig, app_dir: Path, of_node: tuple[str, ...] = ()) -> Experiment:
     _check_code(str(run_config.get("code-digest", "")), app_dir)
     try:
-        overrides = shlex.split(str(run_config.get("set", "")))
+        overrides = [*shlex.split(str(run_config.get("set", ""))), *of_node]
     except ValueError as error:
         raise ConfigError(f"run config: set can't be split into overrides: {error}") from None
     if text := str(run_config.get("config-text", "")):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Task
-from fedkd_flwr.tasks.partition import Rows
+from fedkd_flwr.tasks.partition import NaturalPartition, OwnPartition, Rows, WholePartition
 from fedkd_flwr.tasks.table import ClientRows
 
 
@@ -28,6 +28,17 @@ class TaskOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=Fal
         Raises:
             ValueError: if the data can't be divided so; the message starts with the key to change.
         """
+
+    def at_node(self, data_path: Path) -> Self:
+        """The same task over data of a node's own.
+
+        Args:
+            data_path: the folder or file that it is in.
+
+        Raises:
+            ValueError: if the task can't take its data from there, or leaves open what must be the same on all nodes.
+        """
+        raise ValueError(f"task.name: {self.name} has its own data; leave data-path out of the node's configuration")
 
 
 class ClientsTeacher(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -52,6 +63,33 @@ class ModelsOptions(TaskOptions):
     student: Any
     other_teachers: tuple[ClientsTeacher, ...] = ()
     freeze_embeddings: bool = False
+    data: Any
+    partition: Any
+
+    @model_validator(mode="after")
+    def _nodes_agree(self) -> Self:
+        if isinstance(self.partition, OwnPartition):
+            self.require_agreement()
+        return self
+
+    def require_agreement(self) -> None:
+        """Check that nothing is left to the data that must be the same wherever it lies.
+
+        Raises:
+            ValueError: naming an option that is not set.
+        """
+        for name in ("label_names", "image_size"):
+            if getattr(self, name, ...) is None:
+                raise ValueError(
+                    f"{name} is required where nodes bring their own data, so that it is the same on all of them"
+                )
+
+    def at_node(self, data_path: Path) -> Self:
+        """The same task over data of a node's own; see `TaskOptions.at_node`."""
+        self.require_agreement()
+        natural = isinstance(self.partition, NaturalPartition)
+        whole = WholePartition(group_column=self.partition.column if natural and self.partition.grouped else None)
+        return self.model_copy(update={"data": self.data.at(data_path), "partition": whole})
 
     @model_validator(mode="after")
     def _each_client_has_one_teacher(self) -> Self:

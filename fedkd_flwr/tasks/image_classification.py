@@ -24,10 +24,10 @@ from fedkd_flwr.tasks.image_models import (
     chosen_models,
 )
 from fedkd_flwr.tasks.images import DECODED_BYTES, ImageExamples, Images, ImageTaskOptions, image_column
-from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition
+from fedkd_flwr.tasks.partition import IidPartition, OwnPartition, Rows, TablePartition, WholePartition
 from fedkd_flwr.tasks.scores import classification_scores, predict
 from fedkd_flwr.tasks.source import DataSource
-from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, read_labels
+from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables, read_labels
 from fedkd_flwr.tasks.transformer import LayersOptions, TransformerOptions
 
 
@@ -97,14 +97,15 @@ class ImageClassification(TableTask):
     def __init__(self, options: ImageClassificationOptions, num_clients: int, seed: int) -> None:
         self._options = options
         self._seed = seed
-        train, test = options.data.load()
+        train, test = load_tables(options.data, options.partition)
         columns = options.data.columns
         column = image_column(train, columns.image)
         folder = _folder_of(options.data.source)
         self._train, self._test = (Images(table, column, options, folder) for table in (train, test))
         if columns.label == column:
             raise ValueError(f"task.data.columns.label: {column!r} is the column of the images; name another")
-        labels = read_labels(train, test, columns.label, options.label_names)
+        renamed = not isinstance(options.partition, WholePartition)
+        labels = read_labels(train, test, columns.label, options.label_names, renamed=renamed)
         self._train_labels, self._test_labels = labels.train, labels.test
         train_rows, train_notes = _usable(str(train.split), self._train, labels.train)
         test_rows, test_notes = _usable(str(test.split), self._test, labels.test)
@@ -167,6 +168,8 @@ class ImageClassification(TableTask):
     @cached_property
     def _alone(self) -> tuple[int, ...]:
         """Clients with a single training image."""
+        if isinstance(self._options.partition, OwnPartition):
+            return ()
         return tuple(client for client in range(len(self._rows)) if len(self._rows_of(client)[0]) < 2)
 
     def _require_one_is_enough(self, models: Models) -> None:

@@ -106,10 +106,17 @@ class NewsData(DataSource):
         Raises:
             ValueError: if there is no such file, or it can't be read.
         """
-        return (
-            self._table("train_file", self.train_file, "train", self.train_split, _MIND_BEHAVIORS),
-            self._table("test_file", self.test_file, "test", self.test_split, _MIND_BEHAVIORS),
-        )
+        train = self._table("train_file", self.train_file, "train", self.train_split, _MIND_BEHAVIORS)
+        return train, self.load_test()
+
+    def load_test(self) -> "Dataset":
+        """Impressions to score on; see `load`."""
+        return self._table("test_file", self.test_file, "test", self.test_split, _MIND_BEHAVIORS)
+
+    def load_train(self) -> "tuple[Dataset, Dataset | None]":
+        """Impressions to train on, and those to score on where there is their file; see `load`."""
+        train = self._table("train_file", self.train_file, "train", self.train_split, _MIND_BEHAVIORS)
+        return train, self.load_test() if os.path.isfile(os.path.join(self.source, self.test_file)) else None
 
     def load_news(self) -> "list[Dataset]":
         """The articles, a table for each file.

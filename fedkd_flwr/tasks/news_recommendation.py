@@ -19,10 +19,10 @@ from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import TableTask, copy_shared_tensors
 from fedkd_flwr.tasks.impressions import Articles, ImpressionExamples, Ragged
 from fedkd_flwr.tasks.news import NewsData, read_impressions, read_news
-from fedkd_flwr.tasks.partition import IidPartition, NaturalPartition, Rows, SizePartition
+from fedkd_flwr.tasks.partition import IidPartition, NaturalPartition, OwnPartition, Rows, SizePartition
 from fedkd_flwr.tasks.recommender import NewsRecommender, require_text_encoder, save_recommender, score
 from fedkd_flwr.tasks.scores import EVALUATION_BATCH, ranking_scores
-from fedkd_flwr.tasks.table import ClientRows, Labels
+from fedkd_flwr.tasks.table import ClientRows, Labels, load_tables
 from fedkd_flwr.tasks.text import ENCODED_BYTES, TextTaskOptions, require_positions, require_vocabulary
 from fedkd_flwr.tasks.transformer import Transformers, as_tokens, show_attentions
 
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # Impressions have no class, so there is none to divide them by.
-ImpressionPartition = Annotated[IidPartition | SizePartition | NaturalPartition, Field(discriminator="name")]
+ImpressionPartition = Annotated[
+    IidPartition | SizePartition | NaturalPartition | OwnPartition, Field(discriminator="name")
+]
 
 
 class NewsRecommendationOptions(TextTaskOptions):
@@ -74,7 +76,7 @@ class NewsRecommendation(TableTask):
     def __init__(self, options: NewsRecommendationOptions, num_clients: int, seed: int) -> None:
         self._options = options
         columns = options.data.columns
-        train, test = options.data.load()
+        train, test = load_tables(options.data, options.partition)
         self._tokenizer = options.load_tokenizer()
         news = read_news(options.data, self._tokenizer, options.max_length, use_abstract=options.use_abstract)
         self._articles = news.articles

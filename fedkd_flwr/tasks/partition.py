@@ -69,14 +69,33 @@ class NaturalPartition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=Fal
     grouped: bool = False
 
 
+class OwnPartition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """Nothing to divide: every node brings its data (`data-path` of its configuration), the server has a test split."""
+
+    name: Literal["own"] = "own"
+
+
+class WholePartition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """All rows for whichever client: what a node makes of data that is its own. No experiment names it.
+
+    Attributes:
+        group_column: rows with one value in it stay together when some are held out; null where the experiment groups
+            none, or its partition does without.
+    """
+
+    name: Literal["whole"] = "whole"
+    group_column: str | None = None
+
+
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 Partition = Annotated[
     IidPartition | DirichletPartition | PathologicalPartition | SizePartition, Field(discriminator="name")
 ]
 TablePartition = Annotated[
-    IidPartition | DirichletPartition | PathologicalPartition | SizePartition | NaturalPartition,
+    IidPartition | DirichletPartition | PathologicalPartition | SizePartition | NaturalPartition | OwnPartition,
     Field(discriminator="name"),
 ]
+AnyPartition = TablePartition | WholePartition
 
 _GROWTHS = {"linear": LinearPartitioner, "square": SquarePartitioner, "exponential": ExponentialPartitioner}
 

@@ -7,6 +7,7 @@ memory and reads single rows, so a process holds no more than it asks for.
 import logging
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -64,6 +65,10 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             raise ValueError(f"test_split must differ from train_split, got {self.test_split!r} for both")
         return self
 
+    def at(self, path: Path) -> Self:
+        """The same data by another source: a folder or a file of this machine."""
+        return self.model_copy(update={"source": str(path), "config": None, "revision": None})
+
     def load(self) -> "tuple[Dataset, Dataset]":
         """The training split and the test split.
 
@@ -73,6 +78,16 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         train, test = self.read(split=[self.train_split, self.test_split])
         require_disjoint(train, self.train_split, self.test_split)
         return train, test
+
+    def load_test(self) -> "Dataset":
+        """The test split alone; see `load`."""
+        table: Dataset = self.read(split=self.test_split)
+        return table
+
+    def load_train(self) -> "tuple[Dataset, Dataset | None]":
+        """The training split, and the test split where there is one; see `load`."""
+        train: Dataset = self.read(split=self.train_split)
+        return (train, None) if _lacks(train, self.test_split) else self.load()
 
     def read(self, **request: Any) -> Any:
         """What `datasets.load_dataset` gives for this source.
@@ -113,6 +128,18 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             f"{self.source!r} is no folder or file here, and can't be loaded from the Hugging Face Hub ({reason}); "
             "check source, config, revision, splits and the connection"
         )
+
+
+def _lacks(table: "Dataset", split: str) -> bool:
+    """Whether the data set that a table comes from does not have a split, or one that it is a slice of."""
+    from datasets import ReadInstruction
+
+    sizes = {name: info.num_examples for name, info in (table.info.splits or {}).items()}
+    try:
+        ReadInstruction.from_spec(split).to_absolute(sizes)
+    except ValueError:
+        return True
+    return False
 
 
 def require_disjoint(table: "Dataset", train_split: str, test_split: str) -> None:

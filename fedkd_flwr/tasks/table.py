@@ -12,9 +12,11 @@ from torch import Tensor, float32, tensor
 from fedkd_flwr.core.protocols import DataReport
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.partition import (
+    AnyPartition,
     NaturalPartition,
+    OwnPartition,
     Rows,
-    TablePartition,
+    WholePartition,
     client_notes,
     hold_out,
     hold_out_groups,
@@ -23,7 +25,7 @@ from fedkd_flwr.tasks.partition import (
     partition_indices,
     require_client,
 )
-from fedkd_flwr.tasks.source import column_values
+from fedkd_flwr.tasks.source import DataSource, column_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 MISSING = -1  # in the place of a label that a row does not have
 
 _NAMED_CLASSES = 5  # in a note about more
+_NO_ROWS = np.zeros(0, np.int64)
 
 
 def _checked_weights(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
@@ -60,7 +63,9 @@ class Labels:
     test: Rows
 
 
-def read_labels(train: "Dataset", test: "Dataset", column: str, names: Sequence[str] | None) -> Labels:
+def read_labels(
+    train: "Dataset", test: "Dataset", column: str, names: Sequence[str] | None, *, renamed: bool = True
+) -> Labels:
     """The label of each row, from a column of whole numbers, of texts, or of the library's ClassLabel.
 
     Args:
@@ -69,6 +74,7 @@ def read_labels(train: "Dataset", test: "Dataset", column: str, names: Sequence[
         column: holds the labels.
         names: of the classes, in order; None takes those that the table names, or that the training split has. The
             names of a ClassLabel may be put into another order; other names take the place of its own, one by one.
+        renamed: whether they may. Where a node brings its data, its names must be among them instead.
 
     Raises:
         ValueError: if the column is something else, or a label is none of the classes.
@@ -82,7 +88,12 @@ def read_labels(train: "Dataset", test: "Dataset", column: str, names: Sequence[
     if twice := [name for name in classes if classes.count(name) > 1]:
         raise ValueError(f"task.label_names: names {twice[0]!r} twice; give each class a name of its own")
     own = getattr(train.features[column], "names", None)
-    if own is not None and set(own) == set(classes) and tuple(own) != classes:
+    if own is not None and not renamed and (unknown := sorted(set(own) - set(classes))):
+        raise ValueError(
+            f"task.data.columns.label: {column!r} has the class {unknown[0]!r}; task.label_names has "
+            f"{', '.join(classes)}; rename it, or map it to one of them"
+        )
+    if own is not None and tuple(own) != classes and (set(own) == set(classes) or not renamed):
         of_train, of_test = ([_named(value, own) for value in values] for values in (of_train, of_test))
     of_both = ((of_train, train), (of_test, test))
     return Labels(classes, *(_indices(values, classes, column, str(table.split)) for values, table in of_both))
@@ -175,6 +186,24 @@ def left_out(split: str, reasons: Mapping[str, Rows], num_rows: int) -> tuple[Ro
     return kept, (note,) if counted else ()
 
 
+def load_tables(data: DataSource, partition: AnyPartition) -> "tuple[Dataset, Dataset]":
+    """Training and test split, as far as they are where this runs.
+
+    Of data that is a node's own the training split stands for a test split that the node does not have. A server whose
+    clients bring theirs has a test split alone, which stands for both.
+
+    Raises:
+        ValueError: see `DataSource.load`.
+    """
+    if isinstance(partition, OwnPartition):
+        test = data.load_test()
+        return test, test
+    if isinstance(partition, WholePartition):
+        train, own_test = data.load_train()
+        return train, train if own_test is None else own_test
+    return data.load()
+
+
 class ClientRows:
     """Which rows each client learns from and which it scores on.
 
@@ -200,34 +229,34 @@ class ClientRows:
         tables: "tuple[Dataset, Dataset]",
         usable: tuple[Rows, Rows],
         labels: Rows,
-        partition: TablePartition,
+        partition: AnyPartition,
         num_clients: int,
         seed: int,
         test_fraction: float,
     ) -> None:
         self._seed = seed
         self._fraction = test_fraction
+        self._elsewhere = isinstance(partition, OwnPartition)
         self._groups: list[Any] | None = None
-        train, test = usable
         drawn = derive_seed(seed, "partition")
-        if isinstance(partition, NaturalPartition):
-            column = partition.column
-            values = [
-                column_values(table, column, "task.partition.column") if column in table.column_names else None
-                for table in tables
-            ]
-            of_train = values[0] or column_values(tables[0], column, "task.partition.column")
-            of_test = values[1] or []
-            mine = [of_train[row] for row in train]
-            theirs = [of_test[row] for row in test] if of_test else []
+        if isinstance(partition, OwnPartition):
+            self.train = self._test = [_NO_ROWS] * num_clients
+        elif isinstance(partition, WholePartition):
+            # For whichever number the node has: that decides about its teacher.
+            self.train = [usable[0]] * num_clients
+            self._test = [_NO_ROWS if tables[0] is tables[1] else usable[1]] * num_clients
+            if (name := partition.group_column) in tables[0].column_names:
+                self._groups = column_values(tables[0], str(name), "task.partition.column")
+        elif isinstance(partition, NaturalPartition):
+            of_train, of_test = _origins(tables, partition.column)
+            mine, theirs = [of_train[row] for row in usable[0]], [of_test[row] for row in usable[1]] if of_test else []
             rows, test_rows = natural_indices(mine, theirs, partition, num_clients, drawn)
+            self.train, self._test = _taken(usable[0], rows), _taken(usable[1], test_rows)
             self._groups = of_train if partition.grouped else None
         else:
-            rows = partition_indices(labels[train].tolist(), partition, num_clients, drawn)
-            test_rows = [[] for _ in rows]
-        self.train = [train[np.array(of_client, np.int64)] for of_client in rows]
-        self._test = [test[np.array(of_client, np.int64)] for of_client in test_rows]
-        for client in range(num_clients):
+            of_clients = partition_indices(labels[usable[0]].tolist(), partition, num_clients, drawn)
+            self.train, self._test = _taken(usable[0], of_clients), [_NO_ROWS] * num_clients
+        for client in range(0 if self._elsewhere else num_clients):
             if len(self.train[client]) < 2 and not len(self._test[client]):
                 raise ValueError(
                     f"task.partition: client {client} has one training example and none in the test split, "
@@ -244,9 +273,14 @@ class ClientRows:
         The second are of the training split too, unless `scores_on_test`.
 
         Raises:
-            ValueError: if there is no such client.
+            ValueError: if there is no such client, or its data is on a node of its own.
         """
         require_client(client, len(self))
+        if self._elsewhere:
+            raise ValueError(
+                "task.partition: own leaves the data to the nodes, and there is none here; "
+                "give nodes a data-path, or choose another partition to simulate them"
+            )
         if self.scores_on_test(client):
             return self.train[client], self._test[client]
         seed = derive_seed(self._seed, "client split", client)
@@ -263,7 +297,21 @@ class ClientRows:
     def report(self, labels: Labels, notes: Sequence[str]) -> DataReport:
         """How the labels of the training split lie among the clients, and which classes lack any; see `DataReport`."""
         counts = label_counts(labels.train, [rows.tolist() for rows in self.train], len(labels.names))
+        if self._elsewhere:
+            return DataReport(labels.names, counts, tuple(notes))
         return DataReport(labels.names, counts, (*notes, *_class_notes(labels.names, counts), *client_notes(counts)))
+
+
+def _origins(tables: "tuple[Dataset, Dataset]", column: str) -> tuple[list[Any], list[Any]]:
+    """A natural partition's column in both splits; the second is empty where the test split has no such column."""
+    of_train = column_values(tables[0], column, "task.partition.column")
+    has = column in tables[1].column_names
+    return of_train, column_values(tables[1], column, "task.partition.column") if has else []
+
+
+def _taken(rows: Rows, places: Sequence[Sequence[int]]) -> list[Rows]:
+    """Of some rows, those at each client's places."""
+    return [rows[np.array(of_client, np.int64)] for of_client in places]
 
 
 def _class_notes(names: Sequence[str], counts: Sequence[Sequence[int]]) -> tuple[str, ...]:

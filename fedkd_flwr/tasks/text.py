@@ -287,7 +287,7 @@ class TextTask(TableTask):
         rules = {
             "task": options.name,
             "max_length": options.max_length,
-            "data": options.model_dump()["data"]["columns"],
+            "data": options.data.columns.model_dump(),
         }
         self._tables = {
             name: encoded(table, self._tokenizer, rules, self._with_length) for name, table in tables.items()

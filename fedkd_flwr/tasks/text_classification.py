@@ -10,10 +10,10 @@ from torch import nn
 
 from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import DataReport, Examples
-from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition
+from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition, WholePartition
 from fedkd_flwr.tasks.scores import classification_scores, predict
 from fedkd_flwr.tasks.source import DataSource, column_values, require_text
-from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, read_labels
+from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables, read_labels
 from fedkd_flwr.tasks.text import TextTask, TextTaskOptions, TokenExamples, by_length, inputs_of, read_sequences
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ class TextClassification(TextTask):
 
     def __init__(self, options: TextClassificationOptions, num_clients: int, seed: int) -> None:
         self._columns = columns = options.data.columns
-        tables = dict(zip(("train", "test"), options.data.load(), strict=True))
-        labels = read_labels(tables["train"], tables["test"], columns.label, options.label_names)
+        tables = dict(zip(("train", "test"), load_tables(options.data, options.partition), strict=True))
+        renamed = not isinstance(options.partition, WholePartition)
+        labels = read_labels(tables["train"], tables["test"], columns.label, options.label_names, renamed=renamed)
         self._labels = {"train": labels.train, "test": labels.test}
         self._positive = _positive(options.positive_label, labels.names)
         usable, notes = _usable(tables, self._labels, columns)

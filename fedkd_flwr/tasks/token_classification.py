@@ -20,7 +20,7 @@ from fedkd_flwr.core.protocols import DataReport, Examples
 from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition, client_notes
 from fedkd_flwr.tasks.scores import entity_scores, entity_spans, predict
 from fedkd_flwr.tasks.source import DataSource, column_values, require_column
-from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out
+from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables
 from fedkd_flwr.tasks.text import TextTask, TextTaskOptions, TokenExamples, by_length, inputs_of, read_sequences
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class TokenClassification(TextTask):
 
     def __init__(self, options: TokenClassificationOptions, num_clients: int, seed: int) -> None:
         self._columns = columns = options.data.columns
-        tables = dict(zip(("train", "test"), options.data.load(), strict=True))
+        tables = dict(zip(("train", "test"), load_tables(options.data, options.partition), strict=True))
         usable: dict[str, Rows] = {}
         notes: list[str] = []
         tags: dict[str, list[list[Any] | None]] = {}

@@ -53,11 +53,42 @@ def test_a_client_is_named_by_its_client_id_or_its_partition() -> None:
         ({"partition-id": "1"}, "partition-id must be an integer from 0, got '1'"),
         ({"partition-id": 3}, r"partition-id must be in \[0, 2\] for num_clients 3, got 3"),
         ({"partition-id": 0, "client-id": "../etc"}, "client-id must match"),
+        ({"partition-id": 0, "name": "a/b"}, "name must match"),
+        ({"partition-id": 0, "name": "a", "client-id": "b"}, "client-id and name say the same, got 'b' and 'a'"),
+        ({"partition-id": 0, "data_path": "/data"}, "unknown key 'data_path'; write data-path"),
+        ({"data-path": "/nowhere/at/all"}, "data-path must be a folder or file of the node, there is none"),
+        ({"partition-id": 0, "device": "gpu"}, "device must be one of auto, cpu, cuda, got 'gpu'"),
     ],
 )
 def test_a_node_that_is_not_told_who_it_is_says_what_is_missing(node_config: dict[str, int | str], says: str) -> None:
     with pytest.raises(ConfigError, match=f"node config: {says}"):
         client_settings({"config-text": SMALL}, node_config, ROOT)
+
+
+def test_a_node_with_data_of_its_own_needs_no_partition_and_keeps_the_name_it_first_drew(tmp_path: Path) -> None:
+    node = {"data-path": str(tmp_path), "state-dir": str(tmp_path / "state")}
+    first = client_settings({"config-text": SMALL}, node, ROOT)
+    assert (first.data_path, first.partition_id) == (tmp_path, 0)
+    assert client_settings({"config-text": SMALL}, node, ROOT).client_key == first.client_key
+    elsewhere = node | {"state-dir": str(tmp_path / "other")}
+    assert client_settings({"config-text": SMALL}, elsewhere, ROOT).client_key != first.client_key
+    named = client_settings({"config-text": SMALL}, node | {"name": "site1"}, ROOT)
+    assert named.client_key == "site1"
+
+
+def test_a_lasting_name_that_can_not_be_kept_is_one_line_without_a_path(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file")
+    node = {"data-path": str(tmp_path), "state-dir": str(tmp_path / "state")}
+    with pytest.raises(ConfigError, match="state-dir can't keep a name") as caught:
+        client_settings({"config-text": SMALL}, node, ROOT)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_node_says_on_which_device_it_trains(tmp_path: Path) -> None:
+    chosen = client_settings({"config-text": SMALL}, {"partition-id": 0, "device": "cpu"}, ROOT).experiment
+    assert chosen.algorithm.model_dump()["local"]["device"] == "cpu"
+    left = client_settings({"config-text": SMALL}, {"partition-id": 0, "device": "auto"}, ROOT).experiment
+    assert left == client_settings({"config-text": SMALL}, {"partition-id": 0}, ROOT).experiment
 
 
 def test_other_code_than_was_started_is_refused() -> None:

@@ -59,7 +59,7 @@ def experiment_of(*overrides: str) -> Experiment:
 def small_world(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Points instead of digits, feedback instead of identity."""
     runtime._built.cache_clear()
-    patch.setattr(Experiment, "build_task", lambda self: Points(self.num_clients, self.seed))
+    patch.setattr(Experiment, "build_task", lambda self, _: Points(self.num_clients, self.seed))
     patch.setattr(IdentityOptions, "build", lambda self, spec: FeedbackCodec(spec))
     yield
     runtime._built.cache_clear()
