@@ -1,9 +1,10 @@
-"""`fedkd`: run, resume, compare, report, check, state."""
+"""`fedkd`: run, resume, compare, report, status, check, state."""
 
 import logging
 import os
 import signal
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ import click
 import typer
 from rich import box
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 import fedkd_flwr
@@ -23,10 +25,13 @@ from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.flower.server import check_resumable
 from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
 from fedkd_flwr.measure.ledger import LEDGER_FILE
-from fedkd_flwr.report import read_run, verdict, write_model_card, write_report
+from fedkd_flwr.report import read_run, reported, verdict, write_model_card, write_report
+from fedkd_flwr.report.html_page import PAGE_FILE
 from fedkd_flwr.report.partition import draw_partition
 from fedkd_flwr.report.progress import RunProgress
+from fedkd_flwr.report.status import status_of
 from fedkd_flwr.report.table import screen_table
+from fedkd_flwr.report.tensorboard import require_tensorboard, write_events
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -49,14 +54,28 @@ InProcess = Annotated[bool, typer.Option("--in-process", help="without Ray, in t
 Baselines = Annotated[
     bool, typer.Option("--baselines", help="also run what FedKD must beat: its student and its teacher without it")
 ]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="also write event files for TensorBoard; needs the package tensorboard")
+]
 Output = Annotated[Path | None, typer.Option("--output-dir", help="for results, over what the YAML says")]
 
 
 @app.command()
-def run(conf: Config, overrides: Overrides = None, in_process: InProcess = False, output_dir: Output = None) -> None:
+def run(
+    conf: Config,
+    overrides: Overrides = None,
+    in_process: InProcess = False,
+    output_dir: Output = None,
+    tensorboard: TensorBoard = False,
+) -> None:
     """Run one experiment in simulation and print what came out."""
     experiment = load(conf, overrides or ())
-    _show([_run(experiment, output_dir, in_process, set())], None)
+    if tensorboard:
+        require_tensorboard()
+    run_dir = _run(experiment, output_dir, in_process, set())
+    _show([run_dir], None)
+    if tensorboard:
+        _show_events(run_dir)
 
 
 @app.command()
@@ -135,15 +154,40 @@ def compare(
 def report(
     directories: Annotated[list[Path], typer.Argument(help="run directories: results/<experiment>/<run>")],
     output_dir: Output = None,
+    tensorboard: TensorBoard = False,
 ) -> None:
-    """Draw finished runs again."""
+    """Draw runs again: figure, table and a page for each."""
+    if tensorboard:
+        require_tensorboard()
     for directory in directories:
         if not (directory / LEDGER_FILE).is_file():
             raise ConfigError(f"{str(directory)!r} holds no {LEDGER_FILE}; give results/<experiment>/<run>")
     try:
         _show(directories, _writable(output_dir) if output_dir else None)
+        for directory in directories if tensorboard else ():
+            _show_events(directory)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"a {LEDGER_FILE} can't be read as the ledger of a run: {error!r}") from error
+
+
+@app.command()
+def status(
+    directory: Annotated[Path, typer.Argument(help="run directory, or that of an experiment: its newest run")],
+    watch: Annotated[
+        float | None, typer.Option("--watch", min=0.1, help="look again every so many seconds until the run ends")
+    ] = None,
+) -> None:
+    """Say how a run stands, while it goes on or after it."""
+    now = status_of(directory)
+    console = out if out.is_terminal else Console(width=120)
+    if watch is None:
+        console.print(now.table())
+        return
+    with Live(now.table(), console=console, auto_refresh=False) as live:
+        while not now.ended:
+            time.sleep(watch)
+            now = status_of(directory)
+            live.update(now.table(), refresh=True)
 
 
 @app.command()
@@ -212,8 +256,8 @@ def _execute(
             import client_app
             from fedkd_flwr.flower.in_process import run_in_process
 
-            run_in_process(experiment, client_app.app, run_dir, progress.update, resume=resume, force=force)
-            write_report([run_dir])
+            with reported(run_dir):
+                run_in_process(experiment, client_app.app, run_dir, progress.update, resume=resume, force=force)
             write_model_card(run_dir)
         else:
             launch(experiment, _app_dir(), run_dir, progress.update, resume=resume, force=force)
@@ -245,6 +289,10 @@ def _app_dir() -> Path:
     return Path(fedkd_flwr.__file__).resolve().parent.parent
 
 
+def _show_events(run_dir: Path) -> None:
+    out.print(f"tensorboard: {write_events(run_dir)}", highlight=False, markup=False, soft_wrap=True)
+
+
 def _show(directories: list[Path], output: Path | None) -> None:
     figure, table = write_report(directories, output)
     runs = [read_run(directory) for directory in directories]
@@ -252,7 +300,8 @@ def _show(directories: list[Path], output: Path | None) -> None:
     console.print(screen_table([run.table_row() for run in runs], runs[0].metric))
     for line in verdict(runs):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
-    for what, path in (("figure", figure), ("table", table), *((run.label, run.directory) for run in runs)):
+    pages = [("page", figure.parent / PAGE_FILE)] if len(runs) == 1 else []
+    for what, path in (("figure", figure), ("table", table), *pages, *((run.label, run.directory) for run in runs)):
         out.print(f"{what}: {path}", highlight=False, markup=False, soft_wrap=True)
 
 

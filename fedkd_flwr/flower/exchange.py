@@ -378,6 +378,8 @@ class Exchange(Strategy):
             "train": weighted_scores((r.train, r.num_examples) for r in replies),
             "sampled": current.sampled,
             "clients": sorted(current.accepted),
+            "online": self._roster.online(self._reception.live),  # counts: names would grow with the federation
+            "offline": self._roster.offline(self._reception.live),
             "num_clipped": current.num_clipped,
             "rejected": [asdict(rejection) for rejection in current.rejected],
             "seconds": current.seconds,

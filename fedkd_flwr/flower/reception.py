@@ -40,6 +40,9 @@ class Reception:
         reference: says which versions are ours.
         reset: told of a client whose codec state begins again; None where nothing is exchanged.
         ledger: gets an event for whatever is unusual.
+
+    Attributes:
+        live: nodes that were connected when they were last greeted.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Reception:
         self._reference = reference
         self._reset = reset
         self._ledger = ledger
+        self.live: set[int] = set()
         self._failed: Counter[int] = Counter()  # hellos that a node answered with an error
         self._disbelieved: dict[str, str] = {}
         self._first_failure = ""
@@ -117,7 +121,7 @@ class Reception:
 
     def _greet(self, grid: Grid, current: Round) -> set[int]:
         """Ask every unknown node who it is and what it holds; collect what came late. All live nodes."""
-        live = set(grid.get_node_ids())
+        self.live = live = set(grid.get_node_ids())
         for asked, message in self._mailbox.collect_late(grid):
             if asked.purpose == _HELLO:
                 self._admit(asked.node_id, message, live, current)

@@ -1,5 +1,6 @@
 """The server's table of clients: who is connected, and what each one holds."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -137,6 +138,19 @@ class Roster:
         """Clients that are connected and whose state is known, by name."""
         live = set(node_ids) - self._stale
         return [seat for seat in self.all() if seat.node_id in live]
+
+    def online(self, node_ids: Iterable[int]) -> dict[str, int]:
+        """How many connected clients hold each version, by version; those whose version is uncertain as "unknown"."""
+        live = set(node_ids)
+        held = [None if seat.node_id in self._stale else seat.version for seat in self.all() if seat.node_id in live]
+        known = sorted(version for version in held if version is not None)
+        counts = Counter(str(version) for version in known)
+        return dict(counts) | ({"unknown": held.count(None)} if None in held else {})
+
+    def offline(self, node_ids: Iterable[int]) -> list[str]:
+        """Names of clients that were there once and are not connected."""
+        live = set(node_ids)
+        return [seat.client_key for seat in self.all() if seat.node_id not in live]
 
     def saved(self) -> Archive:
         """For a checkpoint."""

@@ -1,9 +1,12 @@
-"""The figure and the table of some runs, as files."""
+"""The figure, the table and the pages of some runs, as files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fedkd_flwr.measure.ledger import LEDGER_FILE
 from fedkd_flwr.report.figures import draw_curves
+from fedkd_flwr.report.html_page import PAGE_FILE, html_page
 from fedkd_flwr.report.runs import read_run
 from fedkd_flwr.report.table import markdown_table
 from fedkd_flwr.report.verdict import verdict
@@ -14,6 +17,8 @@ TABLE_FILE = "table.md"
 
 def write_report(directories: Sequence[Path], output: Path | None = None) -> tuple[Path, Path]:
     """Draw runs into one figure and one Markdown table, with a verdict on distillation under it.
+
+    Each run's page goes into its own directory; that of a single run to where the rest is written.
 
     Args:
         directories: of the runs.
@@ -29,4 +34,21 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> tup
     draw_curves([run.curve() for run in runs], runs[0].metric, figure)
     text = markdown_table([run.table_row() for run in runs]) + "".join(f"\n* {line}" for line in verdict(runs))
     table.write_text(text.rstrip() + "\n", encoding="utf-8")
+    if output is None or len(runs) == 1:  # of several runs elsewhere, each has its page already
+        for run in runs:
+            (output or run.directory).joinpath(PAGE_FILE).write_text(html_page(run), encoding="utf-8")
     return figure, table
+
+
+@contextmanager
+def reported(run_dir: Path) -> Iterator[None]:
+    """Write the report of a run when it ends, however it ends: one that failed is the one to look at."""
+    try:
+        yield
+    except BaseException:
+        # What ended the run is what must be heard, not that its ledger can't be drawn.
+        with suppress(Exception):
+            if (run_dir / LEDGER_FILE).is_file():
+                write_report([run_dir])
+        raise
+    write_report([run_dir])

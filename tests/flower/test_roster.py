@@ -75,3 +75,14 @@ def test_no_more_names_than_clients_at_a_time_and_not_many_more_in_all() -> None
     assert roster.admit(3, hello("c"), 0, 0, live=[1, 3])
     admitted = [roster.admit(node, hello(f"x{node}"), 0, 0, live=[1, node]) for node in range(4, 20)]
     assert admitted.count(True) == 5
+
+
+def test_connected_clients_are_counted_by_version_and_absent_ones_named() -> None:
+    roster = Roster(9)
+    live = range(1, 7)
+    for node_id, version in zip(live, (10, 9, 10, None, 10, 2), strict=True):
+        roster.admit(node_id, hello(f"site{node_id}"), version, 10, live)
+    roster.doubt("site5")
+    assert list(roster.online([1, 2, 3, 4, 5]).items()) == [("9", 1), ("10", 2), ("unknown", 2)]
+    assert roster.offline([1, 2, 3, 4, 5]) == ["site6"]
+    assert roster.online([]) == {}
