@@ -1,4 +1,5 @@
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -196,3 +197,11 @@ def test_a_source_file_has_at_most_400_lines(path: Path) -> None:
 def test_a_module_is_named_after_what_it_holds(path: Path) -> None:
     names = {part.strip("_").lower() for part in module_name(path).split(".")}
     assert not names & VAGUE_NAMES
+
+
+def test_a_client_begins_without_what_only_some_of_its_work_needs() -> None:
+    """Every message to a real node starts a process: what takes a second to import waits until it is needed."""
+    heavy = {"datasets", "flwr_datasets", "matplotlib", "pandas", "scipy", "sklearn", "transformers"}
+    program = f"import sys, client_app; print(*sorted({heavy!r} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []

@@ -11,8 +11,6 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from pydantic import BaseModel, Field, model_validator
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import nn
 
 from fedkd_flwr.core.modules import on_device_of
@@ -164,6 +162,10 @@ class Digits:
 
 @cache
 def _digits() -> tuple[torch.Tensor, torch.Tensor, Any, Any]:
+    # Imported here: it takes a second, and other tasks should not.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor((pixels - PIXEL_MEAN) / PIXEL_STD, dtype=torch.float32).reshape(
         -1, 1, PIXELS_PER_SIDE, PIXELS_PER_SIDE

@@ -5,20 +5,13 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from datasets import Dataset
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    ExponentialPartitioner,
-    IidPartitioner,
-    LinearPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-    SquarePartitioner,
-)
 from pydantic import BaseModel, Field
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 FEWEST_EXAMPLES = 2  # of a client: one to learn from, one to score on
 
@@ -97,8 +90,6 @@ TablePartition = Annotated[
 ]
 AnyPartition = TablePartition | WholePartition
 
-_GROWTHS = {"linear": LinearPartitioner, "square": SquarePartitioner, "exponential": ExponentialPartitioner}
-
 
 def partition_indices(labels: Sequence[int], partition: Partition, num_clients: int, seed: int) -> list[list[int]]:
     """Rows of each client: disjoint, together all rows, at least two each, the same for the same seed.
@@ -119,6 +110,9 @@ def partition_indices(labels: Sequence[int], partition: Partition, num_clients: 
             f"num_clients: {num_clients} clients need at least {needed} training examples, the data has {len(labels)}; "
             f"lower num_clients{or_less}"
         )
+    # Imported here: it takes seconds, and a node with data of its own divides nothing.
+    from datasets import Dataset
+
     # A shuffle first: some partitioners take rows as they come.
     drawn = np.random.default_rng(seed)
     order = drawn.permutation(len(labels))
@@ -143,26 +137,33 @@ def partition_indices(labels: Sequence[int], partition: Partition, num_clients: 
     return clients
 
 
-def _partitioner(partition: Partition, num_clients: int, num_classes: int, seed: int) -> Partitioner:
+def _partitioner(partition: Partition, num_clients: int, num_classes: int, seed: int) -> "Partitioner":
     """What draws: one part for each client, or several for each, which follow one another and are to be joined."""
+    from flwr_datasets import partitioner as of_flower
+
     if isinstance(partition, IidPartition):
-        return IidPartitioner(num_partitions=num_clients)
+        return of_flower.IidPartitioner(num_partitions=num_clients)
     if isinstance(partition, SizePartition):
-        return _GROWTHS[partition.growth](num_partitions=num_clients)
+        growths = {
+            "linear": of_flower.LinearPartitioner,
+            "square": of_flower.SquarePartitioner,
+            "exponential": of_flower.ExponentialPartitioner,
+        }
+        return growths[partition.growth](num_partitions=num_clients)
     if isinstance(partition, PathologicalPartition):
         # Client n has classes n, n + 1, .., so that clients overlap in part. Where so few clients would not reach the
         # last class, they are dealt the classes one by one instead, which reaches as many as can be reached.
         num_parts, in_each = num_clients, partition.classes_per_client
         if num_parts + in_each - 1 < num_classes:
             num_parts, in_each = num_parts * in_each, 1
-        return PathologicalPartitioner(
+        return of_flower.PathologicalPartitioner(
             num_partitions=num_parts,
             partition_by="label",
             num_classes_per_partition=in_each,
             class_assignment_mode="deterministic",
             shuffle=False,
         )
-    return DirichletPartitioner(
+    return of_flower.DirichletPartitioner(
         num_partitions=num_clients,
         partition_by="label",
         alpha=partition.alpha,

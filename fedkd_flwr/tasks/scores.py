@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from sklearn.metrics import f1_score, precision_recall_fscore_support
 from torch import nn
 
 from fedkd_flwr.core.losses import NO_LABEL
@@ -57,6 +56,9 @@ def classification_scores(predictions: Predictions, positive: int | None = None)
 
 def class_scores(truth: Numbers, predicted: Numbers, positive: int | None = None) -> dict[str, float]:
     """Scores of predicted classes; see `classification_scores`. Both arrays are [examples]."""
+    # Imported here: it takes a second, and a client that says who it is scores nothing.
+    from sklearn.metrics import f1_score, precision_recall_fscore_support
+
     scores = {
         "accuracy": float((truth == predicted).mean()),
         "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0)),
