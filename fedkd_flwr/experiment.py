@@ -91,7 +91,7 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         """The task, its data divided among the clients; or over the data of one node.
 
         Args:
-            data_path: where that is. No error names it: a node's errors are sent to the server.
+            data_path: where that is.
 
         Raises:
             ConfigError: if the data can't be divided so, or the node's can't be used.
@@ -100,11 +100,7 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             task = self.task if data_path is None else self.task.at_node(data_path)
             return task.build(self.num_clients, self.seed)
         except (ValueError, RuntimeError, MemoryError) as error:
-            reason = _one_line(str(error)) or "not enough memory for the data"
-            if data_path is None:
-                raise ConfigError(reason) from error
-            # Without its cause, whose text would name the path again.
-            raise ConfigError(f"data-path: {reason.replace(str(data_path), 'data-path')}") from None
+            raise ConfigError(_one_line(str(error)) or "not enough memory for the data") from error
 
     def build_algorithm(self, task: Task) -> Algorithm:
         """The algorithm on that task.

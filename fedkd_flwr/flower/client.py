@@ -1,7 +1,9 @@
 """The client's end of the exchange: reach the version asked for, train, remember, reply."""
 
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -15,15 +17,19 @@ from fedkd_flwr.core.modules import without_prefix
 from fedkd_flwr.core.protocols import ClientData
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.core.snapshot import unpack_snapshot
+from fedkd_flwr.experiment import ConfigError
 from fedkd_flwr.flower.errors import StateError
 from fedkd_flwr.flower.lineage import next_lineage
 from fedkd_flwr.flower.records import Hello, HelloReply, Instruction, Reply
 from fedkd_flwr.flower.reference import DECODER, SHARED, snapshot_arrays
+from fedkd_flwr.flower.replies import reason_of
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.settings import ClientSettings, client_settings
 from fedkd_flwr.flower.store import UNKNOWN_VERSION, ClientState, ClientStore, LastReply
 
 PRIVATE_MODEL_DIR = "private_model"
+
+_log = logging.getLogger("fedkd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +66,22 @@ def client_of(context: Context, app_dir: Path) -> Client:
         ConfigError: if the node's configuration and the experiment don't fit.
     """
     settings = client_settings(context.run_config, context.node_config, app_dir)
-    runtime = runtime_of(settings.experiment, settings.data_path)
-    return Client(settings, runtime, runtime.task.client_data(settings.partition_id))
+    with _unnamed(settings.data_path):
+        runtime = runtime_of(settings.experiment, settings.data_path)
+        return Client(settings, runtime, runtime.task.client_data(settings.partition_id))
+
+
+@contextmanager
+def _unnamed(data_path: Path | None) -> Iterator[None]:
+    """Keep a node's path to itself: what a client raises is sent to the server, cause and traceback with it."""
+    try:
+        yield
+    except Exception as error:
+        if data_path is None:
+            raise
+        _log.exception("the data of this node can't be used")  # here the path may be named
+        reason = " ".join(reason_of(error).split()).replace(str(data_path), "data-path")
+        raise ConfigError(f"data-path: {reason}") from None
 
 
 def hello(message: Message, context: Context, app_dir: Path) -> Message:

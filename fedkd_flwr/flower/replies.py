@@ -4,6 +4,7 @@ import re
 
 from flwr.app import Message, RecordDict
 
+from fedkd_flwr.experiment import ConfigError
 from fedkd_flwr.flower.errors import MessageError
 
 
@@ -23,4 +24,4 @@ def content_of(message: Message) -> RecordDict:
 
 def reason_of(error: Exception) -> str:
     """An error in one line, its type named where the text alone would not say enough."""
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, ValueError | ConfigError) else f"{type(error).__name__}: {error}"
