@@ -1,4 +1,4 @@
-"""`fedkd`: run, resume, compare, report, status, check, state."""
+"""`fedkd`: run, resume, compare, report, status, check, state, deploy."""
 
 import logging
 import os
@@ -18,12 +18,15 @@ from rich.table import Table
 
 import fedkd_flwr
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, Experiment, baselines_of, load
+from fedkd_flwr.flower.certificates import CA_DAYS, make_certificates, make_node_key
+from fedkd_flwr.flower.commands import Commands, add_connection
+from fedkd_flwr.flower.deployment import run_demo
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.inventory import delete_state, kept_states
 from fedkd_flwr.flower.launcher import launch
 from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.flower.server import check_resumable
-from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
+from fedkd_flwr.flower.settings import ServerSettings, default_state_dir, flower_home
 from fedkd_flwr.measure.ledger import LEDGER_FILE
 from fedkd_flwr.report import read_run, reported, verdict, write_model_card, write_report
 from fedkd_flwr.report.html_page import PAGE_FILE
@@ -44,6 +47,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated knowledge distillation on Flower: small on the wire.",
 )
+deploy = typer.Typer(invoke_without_command=True)
+app.add_typer(deploy, name="deploy")
 out = Console()
 err = Console(stderr=True)
 
@@ -210,6 +215,74 @@ def check(conf: Config, overrides: Overrides = None, output_dir: Output = None) 
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+@deploy.callback()
+def deployment(
+    context: typer.Context,
+    demo: Annotated[Path | None, typer.Option("--demo", help="YAML file of an experiment, to run on loopback")] = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="SuperNodes of the demo, and clients of the run")] = 3,
+    overrides: Overrides = None,
+    output_dir: Output = None,
+) -> None:
+    """Run an experiment on real processes on this machine, or prepare keys and certificates for other machines."""
+    if context.invoked_subcommand:
+        return
+    if demo is None:
+        raise ConfigError(
+            "deploy starts only a demo: --demo CONF --nodes N; how to deploy on hosts is in docs/deploy.md"
+        )
+    experiment = load(demo, [*(overrides or ()), f"num_clients={nodes}"])
+    run_dir = _prepared(experiment, output_dir, set())
+    with RunProgress(experiment.name, experiment.num_rounds, err) as progress:
+        deployed = run_demo(experiment, _app_dir(), run_dir, progress.update)
+    _show([run_dir], None)
+    for line in deployed.lines():
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@deploy.command()
+def certificates(
+    directory: Annotated[Path, typer.Argument(help="for ca.crt, ca.key, server.crt, server.key, superexec.secret")],
+    hosts: Annotated[list[str], typer.Option("--host", help="name or address by which nodes call the server; repeat")],
+    days: Annotated[int, typer.Option("--days", min=1, max=CA_DAYS, help="validity of the server's certificate")] = 365,
+) -> None:
+    """Make a SuperLink's certificate, and the authority that signs it unless there is one in that directory."""
+    make_certificates(directory, hosts, days)
+    out.print(f"certificates: {directory}", highlight=False, markup=False, soft_wrap=True)
+
+
+@deploy.command()
+def node_key(file: Annotated[Path, typer.Argument(help="for the private key; the public one is FILE.pub")]) -> None:
+    """Make the key of one SuperNode, best on that node: only FILE.pub has to leave it."""
+    out.print(f"public key: {make_node_key(file)}", highlight=False, markup=False, soft_wrap=True)
+
+
+@deploy.command()
+def connection(
+    name: Annotated[str, typer.Argument(help="name for the SuperLink in Flower's commands")],
+    address: Annotated[str, typer.Argument(help="host:port of the SuperLink")],
+    ca: Annotated[Path, typer.Argument(help="ca.crt of the authority that signed its certificate")],
+) -> None:
+    """Tell Flower's commands of this user where the SuperLink is."""
+    if not ca.is_file():
+        raise ConfigError(f"{str(ca)!r} does not exist; give the ca.crt of the SuperLink's authority")
+    file = add_connection(flower_home(), name, address, ca)
+    out.print(f"connection {name}: {file}", highlight=False, markup=False, soft_wrap=True)
+
+
+@deploy.command()
+def register(
+    name: Annotated[str, typer.Argument(help="the SuperLink's connection")],
+    keys: Annotated[list[Path], typer.Argument(help="public keys of nodes, before those are started")],
+) -> None:
+    """Let nodes in: each key is registered under the name of its file."""
+    if missing := [key for key in keys if not key.is_file()]:
+        raise ConfigError(f"{str(missing[0])!r} does not exist; give the .pub file of a node's key")
+    flower = Commands(flower_home(), name)
+    for key in keys:
+        node = flower.register(key.resolve(), key.stem)
+        out.print(f"{key.stem}: node {node}", highlight=False, markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point: one line for an error, and an exit status that can be relied on."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -237,13 +310,19 @@ def _fail(message: str, code: int) -> None:
 
 def _run(experiment: Experiment, output_dir: Path | None, in_process: bool, noted: set[str]) -> Path:
     """Run and give the run directory; what is to be noted of the data is said unless it is in `noted` already."""
+    run_dir = _prepared(experiment, output_dir, noted)
+    _execute(experiment, run_dir, in_process)
+    return run_dir
+
+
+def _prepared(experiment: Experiment, output_dir: Path | None, noted: set[str]) -> Path:
+    """A new run directory, of an experiment that can be run."""
     run_dir = _root(experiment, output_dir) / experiment.name / _run_name()
     # Built here first, so that data or models that don't fit are found before anything is started or written.
     for note in runtime_of(experiment).task.data_report().notes:
         if note not in noted:
             err.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
             noted.add(note)
-    _execute(experiment, run_dir, in_process)
     return run_dir
 
 

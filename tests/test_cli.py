@@ -410,3 +410,58 @@ def test_a_run_that_is_still_going_on_is_exit_1(tmp_path: Path, capsys: pytest.C
         assert fedkd("resume", str(run_dir), "--in-process") == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said == f"fedkd: {str(run_dir)!r} is in use by a run that is still going on"
+
+
+def test_deploy_alone_says_what_it_starts_and_where_hosts_are_described(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fedkd("deploy") == 2
+    assert capsys.readouterr().err == (
+        "fedkd: deploy starts only a demo: --demo CONF --nodes N; how to deploy on hosts is in docs/deploy.md\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--demo", "nowhere.yaml"), "config file 'nowhere.yaml' does not exist"),
+        (("--demo", "small.yaml", "--nodes", "0"), "Invalid value for '--nodes'"),
+        (("--demo", "small.yaml", "--nodes", "1"), "server.min_replies must be at most the 1 clients"),
+        (("--demo", "small.yaml", "--set", "num_round=1"), "num_round: unknown key"),
+        (("--demo", "small.yaml", "--output-dir", "/dev/null/x"), "output_dir: must be a directory"),
+        (("small.yaml",), "No such command 'small.yaml'"),
+        (("certificates", "keys"), "Missing option '--host'"),
+        (("certificates", "keys", "--host", "a:8000"), "hosts: must be host names or IP addresses"),
+        (("certificates", "small.yaml", "--host", "a"), "'small.yaml' can't be made: "),
+        (("certificates", "keys", "--host", "a", "--days", "0"), "Invalid value for '--days'"),
+        (("node-key", "small.yaml"), "'small.yaml' is there already"),
+        (("connection", "site", "a:8000", "nowhere.crt"), "'nowhere.crt' does not exist"),
+        (("register", "site", "nowhere.pub"), "'nowhere.pub' does not exist"),
+    ],
+)
+def test_a_mistake_in_deploying_gives_one_line_exit_2_and_no_files(
+    arguments: tuple[str, ...],
+    says: str,
+    conf: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    assert fedkd("deploy", *arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"fedkd: {says}")
+    assert "\n" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
+
+
+def test_certificates_keys_and_connection_are_made_by_one_command_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    assert fedkd("deploy", "certificates", "keys", "--host", "fl.example.org", "--host", "10.0.0.7") == 0
+    assert fedkd("deploy", "node-key", "keys/site1") == 0
+    assert fedkd("deploy", "connection", "site", "fl.example.org:8000", "keys/ca.crt") == 0
+    made = {"ca.crt", "ca.key", "server.crt", "server.key", "superexec.secret", "site1", "site1.pub"}
+    assert {path.name for path in (tmp_path / "keys").iterdir()} == made
+    assert str(tmp_path / "keys" / "ca.crt") in (tmp_path / "home" / "config.toml").read_text()

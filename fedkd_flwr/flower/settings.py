@@ -70,7 +70,7 @@ def server_settings(run_config: UserConfig, app_dir: Path) -> ServerSettings:
         ConfigError: if the experiment can't be run as written.
     """
     experiment = _experiment(run_config, app_dir)
-    root = _directory(run_config.get("output-dir")) or _flower_home() / "fedkd" / "results"
+    root = _directory(run_config.get("output-dir")) or flower_home() / "fedkd" / "results"
     runs = root / experiment.name
     if resume := str(run_config.get("resume", "")):
         return ServerSettings(experiment, _run_to_resume(runs, resume), True, run_config.get("resume-force") is True)
@@ -165,7 +165,7 @@ def lasting_name(state_dir: Path) -> str:
 
 def default_state_dir() -> Path:
     """Where clients keep their state unless node or run say otherwise."""
-    return _flower_home() / "fedkd" / "state"
+    return flower_home() / "fedkd" / "state"
 
 
 def code_digest(app_dir: Path) -> str:
@@ -221,5 +221,6 @@ def _directory(value: object) -> Path | None:
     return Path(str(value)).expanduser().resolve() if value else None
 
 
-def _flower_home() -> Path:
+def flower_home() -> Path:
+    """Where Flower keeps what is its own, and we our results and state unless told otherwise."""
     return Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()

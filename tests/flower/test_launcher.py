@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedkd_flwr.flower.launcher import _Flower
+from fedkd_flwr.flower.commands import Commands, run_config
 from tests.conftest import ROOT, small
 
 
@@ -17,9 +17,11 @@ def test_every_key_of_the_run_config_is_one_that_the_app_declares(
     def ask(*_: object) -> dict[str, Any]:
         return {"run-id": 7}
 
-    flower = _Flower(tmp_path)
+    flower = Commands(tmp_path, "fedkd")
     monkeypatch.setattr(flower, "_ask", ask)
-    assert flower.submit(small(), ROOT, tmp_path / "results" / "small" / "run", resume=resume, force=resume) == 7
+    config = run_config(small(), ROOT, tmp_path / "results" / "small" / "run", resume=resume, force=resume)
+    assert flower.submit(ROOT, config) == 7
     sent = tomllib.loads((tmp_path / "run.toml").read_text())
+    assert sent == config
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     assert sent.keys() <= declared.keys()

@@ -1,0 +1,241 @@
+"""Flower's short commands for one SuperLink, and a run from `flwr run` to its real outcome.
+
+`flwr run` exits with 0 even when the run failed, so success is believed only if Flower's list of runs and our own
+summary both say so.
+"""
+
+import json
+import shlex
+import subprocess
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedkd_flwr.experiment import ConfigError, Experiment
+from fedkd_flwr.flower.errors import RunError
+from fedkd_flwr.flower.processes import POLL_SECONDS, end, environment, start
+from fedkd_flwr.flower.settings import APP_FILES, code_digest
+from fedkd_flwr.measure.ledger import LEDGER_FILE, Listener
+from fedkd_flwr.measure.summary import read_summary
+
+RUN_LOG = "run.log"
+CONFIG_FILE = "config.toml"
+_COMMAND_SECONDS = 300.0
+
+
+def check_app(app_dir: Path) -> None:
+    """Do nothing if a directory holds the Flower app.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    if missing := [name for name in ("pyproject.toml", *APP_FILES) if not (app_dir / name).is_file()]:
+        raise ConfigError(f"{app_dir} is no Flower app: {missing[0]} is missing; run from a clone, or --in-process")
+
+
+def add_connection(home: Path, name: str, address: str, root_certificates: Path | None) -> Path:
+    """Tell Flower's commands where a SuperLink is.
+
+    Args:
+        home: Flower's home; made if it isn't there.
+        name: of the connection, new there; the first one becomes the default.
+        address: host:port.
+        root_certificates: of the authority that signed the SuperLink's certificate; None for one without TLS.
+
+    Returns:
+        Flower's configuration file.
+
+    Raises:
+        ConfigError: if there is a connection of that name, or the file can't be read or written.
+    """
+    file = home / CONFIG_FILE
+    try:
+        text = file.read_text(encoding="utf-8") if file.exists() else f"[superlink]\ndefault = {toml(name)}\n"
+        if name in tomllib.loads(text).get("superlink", {}):
+            raise ConfigError(f"{str(file)!r} has a connection {name!r} already; edit it there, or take another name")
+        rows: dict[str, bool | str] = {"address": address}
+        rows |= {"root-certificates": str(root_certificates.resolve())} if root_certificates else {"insecure": True}
+        section = "".join(f"{key} = {toml(value)}\n" for key, value in rows.items())
+        home.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text.rstrip()}\n\n[superlink.{toml(name)}]\n{section}", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{str(file)!r} can't be written: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{str(file)!r} can't be read as TOML: {error}") from error
+    return file
+
+
+def toml(value: bool | float | int | str) -> str:
+    """A value as TOML writes it."""
+    # JSON's escapes are TOML's, but for characters beyond 16 bits, which stay as they are.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def run_config(
+    experiment: Experiment, app_dir: Path, run_dir: Path, *, resume: bool = False, force: bool = False
+) -> dict[str, bool | str]:
+    """The run config of a run whose results go to `run_dir`: <output>/<experiment name>/<run name>."""
+    if run_dir.parent.name != experiment.name:
+        raise ConfigError(f"{str(run_dir)!r} must lie in a folder named {experiment.name!r}, as the run is")
+    return {
+        "config-text": experiment.to_yaml(),
+        "output-dir": str(run_dir.parent.parent),
+        "resume" if resume else "run-name": run_dir.name,
+        "resume-force": force,
+        "state-dir": str(run_dir / "state"),
+        "code-digest": code_digest(app_dir),
+    }
+
+
+class Commands:
+    """Flower's commands for one SuperLink.
+
+    Args:
+        home: Flower's home, with a configuration file that names the connection.
+        connection: its name.
+    """
+
+    def __init__(self, home: Path, connection: str) -> None:
+        self._home = home
+        self._connection = connection
+
+    def submit(self, app_dir: Path, config: Mapping[str, bool | str], *options: str) -> int:
+        """Send the app, with a run config and options of `flwr run`; Flower's id of the run.
+
+        Raises:
+            RunError: if it was refused.
+        """
+        file = self._home / "run.toml"
+        file.write_text("".join(f"{key} = {toml(value)}\n" for key, value in config.items()), encoding="utf-8")
+        answer = self._ask("flwr", "run", str(app_dir), self._connection, "-c", str(file), *options)
+        if "run-id" not in answer:
+            raise RunError(f"flwr run was refused: {_refusal(answer)}")
+        return int(answer["run-id"])
+
+    def status(self, run_id: int) -> dict[str, Any]:
+        """What `flwr ls` says of the run."""
+        runs = self._ask("flwr", "ls", self._connection, "--run-id", str(run_id)).get("runs", [])
+        return dict(runs[0]) if runs else {}
+
+    def stop(self, run_id: int) -> None:
+        """Stop the run."""
+        self._ask("flwr", "stop", str(run_id), self._connection)
+
+    def register(self, public_key: Path, name: str) -> str:
+        """Let a node of that public key in; Flower's id of the node.
+
+        Raises:
+            RunError: if it was refused, as it is when the key is known already.
+        """
+        answer = self._ask("flwr", "supernode", "register", str(public_key), self._connection, "--name", name)
+        if "node-id" not in answer:
+            raise RunError(f"{public_key.name} was not registered: {_refusal(answer)}")
+        return str(answer["node-id"])
+
+    def num_online(self) -> int:
+        """How many nodes are connected."""
+        nodes = self._ask("flwr", "supernode", "ls", self._connection).get("nodes", [])
+        return sum(node["status"] == "online" for node in nodes)
+
+    def run_to_end(
+        self, run_id: int, run_dir: Path, listener: Listener | None, check: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Follow a run until it has ended.
+
+        Args:
+            run_id: Flower's.
+            run_dir: where its ledger is or will be; Flower's log of the run goes there, too.
+            listener: called with every row of the ledger as it is written.
+            check: called often; what it raises ends the wait.
+
+        Returns:
+            What Flower says of the run.
+
+        Raises:
+            RunError: if the run did not complete; with the reason.
+            KeyboardInterrupt: on Ctrl-C, after the run was stopped.
+        """
+        try:
+            self._follow(run_id, run_dir, listener, check)
+        except KeyboardInterrupt:
+            with suppress(RunError):
+                self.stop(run_id)
+            raise
+        status = self.status(run_id)
+        _check_outcome(status, run_dir)
+        return status
+
+    def _follow(self, run_id: int, run_dir: Path, listener: Listener | None, check: Callable[[], None]) -> None:
+        """Pass the ledger's rows on until Flower's log of the run ends."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        tail = _Tail(run_dir / LEDGER_FILE, listener)
+        command = ("flwr", "log", str(run_id), self._connection, "--stream")
+        log = start("flwr log", command, self._home, run_dir / RUN_LOG)
+        try:
+            while log.running:
+                check()
+                tail.read()
+                time.sleep(POLL_SECONDS)
+        finally:
+            end([log.process])
+        tail.read()
+
+    def _ask(self, *command: str) -> dict[str, Any]:
+        try:
+            done = subprocess.run(
+                [*command, "--format", "json"],
+                cwd=self._home,
+                env=environment(self._home),
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                timeout=_COMMAND_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            raise RunError(f"{shlex.join(command[:3])}: no answer in {_COMMAND_SECONDS:g} s") from None
+        except OSError as error:
+            raise RunError(f"{command[0]} can't be started: {error.strerror}") from error
+        first = done.stdout.find("{")  # a line of text may come first
+        if first < 0:
+            text = (done.stderr or done.stdout).strip()
+            raise RunError(f"{shlex.join(command[:2])}: {' '.join(text.split())[-300:] or 'no answer'}")
+        answer: dict[str, Any] = json.loads(done.stdout[first:])
+        return answer
+
+
+def _refusal(answer: Mapping[str, Any]) -> str:
+    return " ".join(str(answer.get("error-message", answer)).split())
+
+
+def _check_outcome(status: Mapping[str, Any], run_dir: Path) -> None:
+    """Believe in success only if Flower and our own summary both say so."""
+    summary = read_summary(run_dir)
+    flower_says = str(status.get("status", "unknown"))
+    if flower_says == "finished:completed" and summary is not None and summary["status"] == "completed":
+        return
+    reason = status.get("status-details") or status.get("details") or "no reason given"
+    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
+    raise RunError(f"{lines[-1] if lines else flower_says} (Flower says {flower_says}; log: {run_dir / RUN_LOG})")
+
+
+class _Tail:
+    """Reads whole new lines of a growing file."""
+
+    def __init__(self, path: Path, listener: Listener | None) -> None:
+        self._path = path
+        self._listener = listener
+        self._offset = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0  # of a resumed run, only what is new
+
+    def read(self) -> None:
+        if self._listener is None or not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                self._listener(json.loads(line))

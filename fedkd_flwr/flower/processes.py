@@ -1,0 +1,186 @@
+"""Flower's long-running commands as children of this process: started, watched, ended."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fedkd_flwr.flower.errors import RunError
+
+LOOPBACK = "127.0.0.1"
+POLL_SECONDS = 0.2
+_START_SECONDS = 60.0
+_STOP_SECONDS = 20.0
+_LEFT_OVER_SECONDS = 5.0
+_TAIL_CHARACTERS = 500
+
+
+def environment(home: Path) -> dict[str, str]:
+    """What Flower's commands are given: a home of their own, this installation's programs, one thread, no traps."""
+    no_proxy = [os.environ[name] for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)][:1]
+    direct = ",".join([*no_proxy, LOOPBACK, "localhost"])
+    return os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "OMP_NUM_THREADS": "1",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "no_proxy": direct,
+        "NO_PROXY": direct,
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """So many different loopback ports on which nothing listens now."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind((LOOPBACK, 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process that was started here.
+
+    Attributes:
+        name: for messages.
+        process: itself, the leader of a session of its own.
+        log: what it prints goes there.
+    """
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.process.poll() is None
+
+    def failure(self, what: str) -> RunError:
+        """The error that it failed so, with the end of its log."""
+        text = " ".join(self.log.read_text(errors="replace").split())
+        return RunError(f"{self.name} {what}: {text[-_TAIL_CHARACTERS:] or 'it printed nothing'}")
+
+
+class Children:
+    """Processes that end together, with the block that they were started in."""
+
+    def __init__(self) -> None:
+        self._servers: list[Child] = []
+
+    def __enter__(self) -> Self:
+        """Begin with none."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End all, the youngest first; a second Ctrl-C has to wait."""
+        waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            end([child.process for child in reversed(self._servers)])
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
+
+    def start(self, name: str, command: Sequence[str], home: Path, log: Path) -> Child:
+        """Start a server.
+
+        Args:
+            name: for messages.
+            command: the program, one of this installation's, and its arguments.
+            home: its Flower home and its working directory.
+            log: file to append what it prints to.
+
+        Raises:
+            RunError: if there is no such program.
+        """
+        child = start(name, command, home, log)
+        self._servers.append(child)
+        return child
+
+    def require_running(self) -> None:
+        """Do nothing while every server runs.
+
+        Raises:
+            RunError: naming the first that has ended, with the end of its log.
+        """
+        for child in self._servers:
+            if not child.running:
+                raise child.failure(f"ended with exit status {child.process.returncode}")
+
+    def wait_for_port(self, child: Child, port: int) -> None:
+        """Return once a child listens on a loopback port.
+
+        Raises:
+            RunError: if it ends, or a minute passes, before that.
+        """
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline and child.running:
+            try:
+                socket.create_connection((LOOPBACK, port), timeout=1).close()
+                return
+            except OSError:
+                time.sleep(POLL_SECONDS)
+        raise child.failure("did not start")
+
+
+def start(name: str, command: Sequence[str], home: Path, log: Path) -> Child:
+    """Start a process in a session of its own, so that Ctrl-C reaches this process alone; see `Children.start`."""
+    with log.open("ab") as output:
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=home,
+                env=environment(home),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise RunError(f"{command[0]} can't be started: {error.strerror}; reinstall with `make install`") from error
+    return Child(name, process, log)
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes that `start` made, and whatever is left of what they started themselves."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + _STOP_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _signal_session(process, signal.SIGKILL)
+            process.wait()
+    # What servers started themselves need not end with them: a SuperNode's client, in the middle of its training.
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        left = [process for process in processes if _signal_session(process, number)]
+        deadline = time.monotonic() + _LEFT_OVER_SECONDS
+        while left and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            left = [process for process in left if _signal_session(process, 0)]
+
+
+def _signal_session(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Signal all that is left of the session of a process; whether there was anything."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True

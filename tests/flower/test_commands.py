@@ -1,0 +1,74 @@
+"""What Flower's commands are told, and what their answers are taken for."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedkd_flwr.experiment import ConfigError
+from fedkd_flwr.flower.commands import Commands, add_connection
+from fedkd_flwr.flower.errors import RunError
+from fedkd_flwr.flower.processes import environment
+
+
+def connections(home: Path) -> dict[str, object]:
+    found: dict[str, object] = tomllib.loads((home / "config.toml").read_text(encoding="utf-8"))["superlink"]
+    return found
+
+
+def test_a_first_connection_is_the_default_and_names_the_authority_absolutely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    add_connection(tmp_path / "home", "site", "fl.example.org:8000", Path("ca.crt"))
+    assert connections(tmp_path / "home") == {
+        "default": "site",
+        "site": {"address": "fl.example.org:8000", "root-certificates": str(tmp_path / "ca.crt")},
+    }
+
+
+def test_a_second_connection_leaves_what_is_there(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('# mine\n[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = ":local:"')
+    add_connection(tmp_path, "dep", "127.0.0.1:8000", None)
+    assert file.read_text().startswith("# mine\n")
+    assert connections(tmp_path) == {
+        "default": "local",
+        "local": {"address": ":local:"},
+        "dep": {"address": "127.0.0.1:8000", "insecure": True},
+    }
+
+
+def test_a_connection_is_not_replaced(tmp_path: Path) -> None:
+    add_connection(tmp_path, "dep", "a:1", None)
+    with pytest.raises(ConfigError, match="has a connection 'dep' already"):
+        add_connection(tmp_path, "dep", "b:1", None)
+    assert connections(tmp_path)["dep"] == {"address": "a:1", "insecure": True}
+
+
+def test_a_configuration_that_is_no_toml_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[superlink")
+    with pytest.raises(ConfigError, match="can't be read as TOML"):
+        add_connection(tmp_path, "dep", "a:1", None)
+    assert (tmp_path / "config.toml").read_text() == "[superlink"
+
+
+@pytest.mark.parametrize("text", ['C:\\data "x" \U0001f600', "a\nb", "é"])
+def test_any_text_of_a_run_config_arrives_as_it_was(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flower = Commands(tmp_path, "dep")
+    monkeypatch.setattr(flower, "_ask", lambda *_: {"run-id": 7})
+    flower.submit(tmp_path, {"set": text})
+    assert tomllib.loads((tmp_path / "run.toml").read_text(encoding="utf-8")) == {"set": text}
+
+
+def test_a_refused_registration_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flower = Commands(tmp_path, "dep")
+    monkeypatch.setattr(flower, "_ask", lambda *_: json.loads('{"success": false, "error-message": "Key in use"}'))
+    with pytest.raises(RunError, match=r"node1\.pub was not registered: Key in use"):
+        flower.register(tmp_path / "node1.pub", "node1")
+
+
+def test_a_proxy_is_not_asked_for_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "intranet")
+    assert environment(tmp_path)["no_proxy"] == environment(tmp_path)["NO_PROXY"] == "intranet,127.0.0.1,localhost"
