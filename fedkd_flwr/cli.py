@@ -19,7 +19,7 @@ from rich.table import Table
 import fedkd_flwr
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, Experiment, baselines_of, load
 from fedkd_flwr.flower.certificates import CA_DAYS, make_certificates, make_node_key
-from fedkd_flwr.flower.commands import Commands, add_connection
+from fedkd_flwr.flower.commands import Commands, add_connection, require_connection
 from fedkd_flwr.flower.deployment import run_demo
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.inventory import delete_state, kept_states
@@ -277,6 +277,7 @@ def register(
     """Let nodes in: each key is registered under the name of its file."""
     if missing := [key for key in keys if not key.is_file()]:
         raise ConfigError(f"{str(missing[0])!r} does not exist; give the .pub file of a node's key")
+    require_connection(flower_home(), name)
     flower = Commands(flower_home(), name)
     for key in keys:
         node = flower.register(key.resolve(), key.stem)

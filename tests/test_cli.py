@@ -435,6 +435,7 @@ def test_deploy_alone_says_what_it_starts_and_where_hosts_are_described(capsys: 
         (("node-key", "small.yaml"), "'small.yaml' is there already"),
         (("connection", "site", "a:8000", "nowhere.crt"), "'nowhere.crt' does not exist"),
         (("register", "site", "nowhere.pub"), "'nowhere.pub' does not exist"),
+        (("register", "site", "small.yaml"), "'{home}/config.toml' has no connection 'site'; make it with"),
     ],
 )
 def test_a_mistake_in_deploying_gives_one_line_exit_2_and_no_files(
@@ -449,7 +450,7 @@ def test_a_mistake_in_deploying_gives_one_line_exit_2_and_no_files(
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
     assert fedkd("deploy", *arguments) == 2
     said = capsys.readouterr().err.strip()
-    assert said.startswith(f"fedkd: {says}")
+    assert said.startswith(f"fedkd: {says.format(home=tmp_path / 'home')}")
     assert "\n" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
 

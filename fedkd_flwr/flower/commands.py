@@ -68,6 +68,21 @@ def add_connection(home: Path, name: str, address: str, root_certificates: Path 
     return file
 
 
+def require_connection(home: Path, name: str) -> None:
+    """Do nothing if Flower's commands know that connection.
+
+    Raises:
+        ConfigError: if they do not, or their configuration can't be read.
+    """
+    file = home / CONFIG_FILE
+    try:
+        known = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {}) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{str(file)!r} can't be read as TOML: {error}") from error
+    if not isinstance(known.get(name), dict):
+        raise ConfigError(f"{str(file)!r} has no connection {name!r}; make it with `fedkd deploy connection`")
+
+
 def toml(value: bool | float | int | str) -> str:
     """A value as TOML writes it."""
     # JSON's escapes are TOML's, but for characters beyond 16 bits, which stay as they are.
