@@ -222,7 +222,8 @@ class Commands:
 
 
 def _refusal(answer: Mapping[str, Any]) -> str:
-    return " ".join(str(answer.get("error-message", answer)).split())
+    lines = str(answer.get("error-message", answer)).splitlines()
+    return " ".join(" ".join(line for line in lines if not line.startswith("Using SuperLink")).split())
 
 
 def _check_outcome(status: Mapping[str, Any], run_dir: Path) -> None:

@@ -5,8 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -90,11 +92,8 @@ class Children:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End all, the youngest first; a second Ctrl-C has to wait."""
-        waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
+        with _interrupts_wait():
             end([child.process for child in reversed(self._servers)])
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
 
     def start(self, name: str, command: Sequence[str], home: Path, log: Path) -> Child:
         """Start a server.
@@ -136,6 +135,26 @@ class Children:
             except OSError:
                 time.sleep(POLL_SECONDS)
         raise child.failure("did not start")
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the block has ended; only the main thread can, and only it is interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    # Handlers, not a mask: a mask is one thread's, and the signal would reach another.
+    before = {
+        number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 def start(name: str, command: Sequence[str], home: Path, log: Path) -> Child:

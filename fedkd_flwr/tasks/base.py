@@ -57,14 +57,16 @@ class ModelsOptions(TaskOptions):
         other_teachers: for clients that hold another teacher than the rest.
         freeze_embeddings: whether the embeddings of every Hugging Face model stay as they are; then they are not
             exchanged.
+        data: where the examples come from.
+        partition: how those to train on are divided.
     """
 
     teacher: Any
     student: Any
     other_teachers: tuple[ClientsTeacher, ...] = ()
     freeze_embeddings: bool = False
-    data: Any
-    partition: Any
+    data: Any = None
+    partition: Any = None
 
     @model_validator(mode="after")
     def _nodes_agree(self) -> Self:
@@ -86,6 +88,8 @@ class ModelsOptions(TaskOptions):
 
     def at_node(self, data_path: Path) -> Self:
         """The same task over data of a node's own; see `TaskOptions.at_node`."""
+        if self.data is None:
+            return super().at_node(data_path)
         self.require_agreement()
         natural = isinstance(self.partition, NaturalPartition)
         whole = WholePartition(group_column=self.partition.column if natural and self.partition.grouped else None)

@@ -1,6 +1,5 @@
 """What Flower's commands are told, and what their answers are taken for."""
 
-import json
 import tomllib
 from pathlib import Path
 
@@ -64,8 +63,9 @@ def test_any_text_of_a_run_config_arrives_as_it_was(text: str, tmp_path: Path, m
 
 def test_a_refused_registration_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flower = Commands(tmp_path, "dep")
-    monkeypatch.setattr(flower, "_ask", lambda *_: json.loads('{"success": false, "error-message": "Key in use"}'))
-    with pytest.raises(RunError, match=r"node1\.pub was not registered: Key in use"):
+    said = "Using SuperLink: dep (127.0.0.1:8000)\n[code: 23] Key\nin use"
+    monkeypatch.setattr(flower, "_ask", lambda *_: {"success": False, "error-message": said})
+    with pytest.raises(RunError, match=r"^node1\.pub was not registered: \[code: 23\] Key in use$"):
         flower.register(tmp_path / "node1.pub", "node1")
 
 

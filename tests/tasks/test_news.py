@@ -159,7 +159,7 @@ algorithm: {{name: fedavg}}
 """
     with pytest.raises(ConfigError) as caught:
         parse(text, ())
-    assert str(caught.value) == f"task.partition.name: must be one of 'iid', 'size', 'natural', got {name!r}"
+    assert str(caught.value) == f"task.partition.name: must be one of 'iid', 'size', 'natural', 'own', got {name!r}"
 
 
 def test_what_is_wrong_with_the_data_is_said(stored: Path, tmp_path: Path, build: Build) -> None:
