@@ -1,7 +1,9 @@
 """Children: watched, and gone when their block ends."""
 
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,15 @@ def test_children_and_what_they_started_are_gone_after_an_error(tmp_path: Path) 
     assert not alive(grandchild)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, even where the tests were started in the background and so ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_comes_after_all_have_ended(tmp_path: Path) -> None:
     children = Children()
     child = children.start("stubborn", [sys.executable, "-c", STUBBORN], tmp_path, tmp_path / "log")
