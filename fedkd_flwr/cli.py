@@ -18,6 +18,7 @@ from rich.table import Table
 
 import fedkd_flwr
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, Experiment, baselines_of, load
+from fedkd_flwr.flower.budget import check_accounting
 from fedkd_flwr.flower.certificates import CA_DAYS, make_certificates, make_node_key
 from fedkd_flwr.flower.commands import Commands, add_connection, require_connection
 from fedkd_flwr.flower.deployment import run_demo
@@ -31,6 +32,7 @@ from fedkd_flwr.measure.ledger import LEDGER_FILE
 from fedkd_flwr.report import read_run, reported, verdict, write_model_card, write_report
 from fedkd_flwr.report.html_page import PAGE_FILE
 from fedkd_flwr.report.partition import draw_partition
+from fedkd_flwr.report.privacy import describe_privacy
 from fedkd_flwr.report.progress import RunProgress
 from fedkd_flwr.report.status import status_of
 from fedkd_flwr.report.table import screen_table
@@ -211,7 +213,8 @@ def check(conf: Config, overrides: Overrides = None, output_dir: Output = None) 
     figure.parent.mkdir(parents=True, exist_ok=True)
     draw_partition(data, figure)
     out.print(f"{conf}: valid; {expected.describe()}", highlight=False, soft_wrap=True)
-    for line in (*(f"note: {note}" for note in data.notes), f"partition: {figure}"):
+    noise = [describe_privacy(expected.privacy)] if expected.privacy else []
+    for line in (*noise, *(f"note: {note}" for note in data.notes), f"partition: {figure}"):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -319,6 +322,7 @@ def _run(experiment: Experiment, output_dir: Path | None, in_process: bool, note
 def _prepared(experiment: Experiment, output_dir: Path | None, noted: set[str]) -> Path:
     """A new run directory, of an experiment that can be run."""
     run_dir = _root(experiment, output_dir) / experiment.name / _run_name()
+    check_accounting(experiment)
     # Built here first, so that data or models that don't fit are found before anything is started or written.
     for note in runtime_of(experiment).task.data_report().notes:
         if note not in noted:
@@ -378,7 +382,9 @@ def _show(directories: list[Path], output: Path | None) -> None:
     runs = [read_run(directory) for directory in directories]
     console = out if out.is_terminal else Console(width=120)
     console.print(screen_table([run.table_row() for run in runs], runs[0].metric))
-    for line in verdict(runs):
+    noisy = [(run, privacy) for run in runs if (privacy := run.summary.get("privacy"))]
+    disclosed = [f"{run.label}: {describe_privacy(privacy)}" for run, privacy in noisy]
+    for line in (*disclosed, *verdict(runs)):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     pages = [("page", figure.parent / PAGE_FILE)] if len(runs) == 1 else []
     for what, path in (("figure", figure), ("table", table), *pages, *((run.label, run.directory) for run in runs)):

@@ -18,7 +18,8 @@ from fedkd_flwr.compressors import COMPRESSORS, CompressorOptions
 from fedkd_flwr.core.arrays import Spec
 from fedkd_flwr.core.protocols import Codec, Direction, Task
 from fedkd_flwr.core.seeds import derive_seed
-from fedkd_flwr.server_options import EarlyStopOptions, ServerOptions
+from fedkd_flwr.privacy import PrivacyOptions
+from fedkd_flwr.server_options import DpFixedClippingAggregation, EarlyStopOptions, ServerOptions
 from fedkd_flwr.tasks import TASKS, TaskOptions
 
 CONFIG_FILE = "config.yaml"  # the resolved experiment, in the directory of each run
@@ -65,6 +66,7 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         algorithm: what a client optimises.
         compressor: what an update weighs on the wire.
         server: sampling, waiting, counting.
+        privacy: what a client does to its update before anybody else sees it; null: nothing.
     """
 
     name: str = Field(pattern=NAME_PATTERN)
@@ -76,6 +78,7 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     algorithm: AnyAlgorithm
     compressor: AnyCompressor = Field(default_factory=COMPRESSORS["transform_coding"])
     server: ServerOptions = ServerOptions()
+    privacy: PrivacyOptions | None = None
 
     @property
     def num_sampled(self) -> int:
@@ -86,6 +89,42 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     def _enough_clients(self) -> Self:
         self.server.check_clients(self.num_clients)
         return self
+
+    @model_validator(mode="after")
+    def _private(self) -> Self:
+        """Noise on the updates has no use, or no account, beside some other options."""
+        if self.privacy is None:
+            return self
+        aggregator = self.server.aggregator
+        if objection := self.compressor.objection_to_noise():
+            raise ValueError(f"compressor.{objection}, with privacy")
+        if getattr(aggregator, "weighting", "uniform") != "uniform":
+            raise ValueError(
+                "server.aggregator.weighting must be uniform with privacy, because numbers of examples have no noise; "
+                f"got {getattr(aggregator, 'weighting', None)}"
+            )
+        if aggregator.name == "qfedavg" and not self.privacy.share_metrics:
+            raise ValueError(
+                "server.aggregator: qfedavg weighs by losses, which privacy keeps; take another, such as fedavg"
+            )
+        if isinstance(aggregator, DpFixedClippingAggregation):
+            raise ValueError(
+                "server.aggregator: dp_fixed_clipping adds noise at the server; give it or privacy, got both"
+            )
+        return self
+
+    @property
+    def noise_facts(self) -> dict[str, Any] | None:
+        """What is needed to account for noise on updates, by whomever; None where there is none."""
+        aggregator = self.server.aggregator
+        if self.privacy is not None:
+            facts = self.privacy.model_dump(include={"noise_multiplier", "delta", "adjacency", "share_metrics"})
+            return facts | {"clip_norm": self.privacy.clip_norm, "noise_by": "clients", "is_mean": aggregator.of_mean}
+        if isinstance(aggregator, DpFixedClippingAggregation):
+            facts = aggregator.model_dump(include={"noise_multiplier", "delta", "adjacency"})
+            clip = {"clip_norm": aggregator.clipping_norm}
+            return facts | clip | {"noise_by": "server", "is_mean": True, "share_metrics": True}
+        return None
 
     def build_task(self, data_path: Path | None = None) -> Task:
         """The task, its data divided among the clients; or over the data of one node.
@@ -109,18 +148,28 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             ConfigError: if the task's models are not what it needs.
         """
         try:
-            return self.algorithm.build(task, derive_seed(self.seed, "models"))
+            algorithm = self.algorithm.build(task, derive_seed(self.seed, "models"))
         except (ValueError, RuntimeError, MemoryError) as error:  # torch says RuntimeError when memory is short
             raise ConfigError(_one_line(str(error)) or "not enough memory for the models") from error
+        if self.privacy is not None and algorithm.exchanges == "outputs":
+            raise ConfigError(f"privacy: must be null with {self.algorithm.name}, which exchanges outputs, not updates")
+        return algorithm
 
     def build_codec(self, spec: Spec, direction: Direction) -> Codec:
-        """The codec of one direction; a robust aggregator may ask for another one up than down.
+        """The codec of one direction; a robust aggregator, or noise, may ask for another one up than down.
 
         Raises:
             ConfigError: if the options don't fit these tensors.
         """
+        buffers = [tensor.name for tensor in spec if tensor.kind == "buffer"]
+        if self.privacy is not None and buffers:
+            raise ConfigError(
+                f"privacy: must be null for a model with statistics, which have no noise, got {buffers[0]}; take one "
+                "without BatchNorm"
+            )
+        feedback_pays = not self.server.aggregator.robust and self.privacy is None
         try:
-            return self.compressor.build_for(spec, direction, linear=not self.server.aggregator.robust)
+            return self.compressor.build_for(spec, direction, uplink_feedback=feedback_pays)
         except ValueError as error:
             raise ConfigError(_one_line(str(error))) from error
 

@@ -28,6 +28,11 @@ class AggregatorOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_n
         """Whether the rule is meant for rounds with hostile clients."""
         return False
 
+    @property
+    def of_mean(self) -> bool:
+        """Whether the aggregate follows from the mean of the updates and from earlier ones alone."""
+        return False
+
 
 class FedAvgAggregation(AggregatorOptions):
     """The mean.
@@ -38,6 +43,11 @@ class FedAvgAggregation(AggregatorOptions):
 
     name: Literal["fedavg"] = "fedavg"
     weighting: Weighting = "uniform"
+
+    @property
+    def of_mean(self) -> bool:
+        """It is the mean."""
+        return True
 
 
 class FedAvgMAggregation(AggregatorOptions):
@@ -54,6 +64,11 @@ class FedAvgMAggregation(AggregatorOptions):
     momentum: float = Field(0.9, ge=0, lt=1)
     weighting: Weighting = "uniform"
 
+    @property
+    def of_mean(self) -> bool:
+        """It is the mean, moved."""
+        return True
+
 
 class AdaptiveAggregation(AggregatorOptions):
     """A server optimiser with one rate for each parameter, Reddi et al. 2021, https://arxiv.org/abs/2003.00295.
@@ -68,6 +83,11 @@ class AdaptiveAggregation(AggregatorOptions):
     eta: float = Field(gt=0)
     tau: float = Field(1e-3, gt=0)
     weighting: Weighting = "uniform"
+
+    @property
+    def of_mean(self) -> bool:
+        """It is the mean, scaled."""
+        return True
 
 
 class FedAdamAggregation(AdaptiveAggregation):
@@ -90,6 +110,31 @@ class FedAdagradAggregation(AdaptiveAggregation):
     """Adagrad on the mean update."""
 
     name: Literal["fedadagrad"] = "fedadagrad"
+
+
+class DpFixedClippingAggregation(AggregatorOptions):
+    """The mean of updates that the server clips, with the server's noise: central differential privacy.
+
+    McMahan et al., ICLR 2018, https://arxiv.org/abs/1710.06963. Clients trust the server with their updates; who sees
+    only broadcasts or the model is what this is against. The noise is numpy's, not the operating system's.
+
+    Attributes:
+        clipping_norm: length (2-norm over all parameters) that no update exceeds.
+        noise_multiplier: standard deviation of the noise on the sum of a round's updates, in units of `clipping_norm`.
+        delta: for which epsilon is stated.
+        adjacency: as in `privacy`: "replace" or "zero_out".
+    """
+
+    name: Literal["dp_fixed_clipping"] = "dp_fixed_clipping"
+    clipping_norm: float = Field(gt=0)
+    noise_multiplier: float = Field(gt=0)
+    delta: float = Field(1e-5, gt=0, lt=1)
+    adjacency: Literal["replace", "zero_out"] = "replace"
+
+    @property
+    def of_mean(self) -> bool:
+        """It is the mean, with noise."""
+        return True
 
 
 class FedMedianAggregation(AggregatorOptions):
@@ -192,6 +237,7 @@ AnyAggregation = Annotated[
     | FedAdamAggregation
     | FedYogiAggregation
     | FedAdagradAggregation
+    | DpFixedClippingAggregation
     | FedMedianAggregation
     | FedTrimmedAvgAggregation
     | KrumAggregation

@@ -17,6 +17,7 @@ LAYERS = {
     "tasks": 1,
     "measure": 1,
     "server_options": 1,
+    "privacy": 1,
     "experiment": 2,
     "flower": 3,
     "report": 3,

@@ -23,7 +23,7 @@ algorithm:
   local: {num_epochs: 3, batch_size: 8}
 compressor: {name: svd, energy_start: 0.5}
 """
-OUTER_KEYS = "name, seed, num_clients, num_rounds, output_dir, task, algorithm, compressor, server"
+OUTER_KEYS = "name, seed, num_clients, num_rounds, output_dir, task, algorithm, compressor, server, privacy"
 ALGORITHM_NAMES = "'fedavg', 'fedkd', 'fedkd_paper', 'fedprox', 'local_only'"
 COMPRESSOR_NAMES = ", ".join(repr(name) for name in COMPRESSORS)
 FILE_NAME = "1 to 64 letters, digits, dots, dashes or underscores, the first a letter or digit"

@@ -26,15 +26,19 @@ class CompressorOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_n
     def build(self, spec: Spec) -> Codec:
         """The codec of payloads with the tensors of `spec`."""
 
-    def build_for(self, spec: Spec, direction: Direction, *, linear: bool) -> Codec:
+    def build_for(self, spec: Spec, direction: Direction, *, uplink_feedback: bool) -> Codec:
         """The codec of one direction.
 
         Args:
             spec: the tensors of a payload.
             direction: "uplink" or "downlink".
-            linear: whether the server's aggregate is made of the mean of the updates; that of a robust rule is not.
+            uplink_feedback: whether what an uplink payload lost is worth sending later, if the options don't say.
         """
         return self.build(spec)
+
+    def objection_to_noise(self) -> str:
+        """What in these options does not go with noise on every number of an update; empty where nothing does."""
+        return ""
 
 
 class LossyOptions(CompressorOptions):
@@ -44,7 +48,8 @@ class LossyOptions(CompressorOptions):
         error_feedback: in which direction the encoder adds to an update what its payloads have lost so far (Seide et
             al. 2014; Karimireddy et al. 2019, https://arxiv.org/abs/1901.09847). "auto": both; but only the downlink
             where the aggregator is a robust rule, because a median of updates that each hold an older rest is the
-            median of nothing that anybody computed.
+            median of nothing that anybody computed; and where updates have noise, of which most is lost and would be
+            sent with the next.
     """
 
     error_feedback: ErrorFeedback = "auto"
@@ -53,11 +58,20 @@ class LossyOptions(CompressorOptions):
     def build(self, spec: Spec) -> "LossyCodec":
         """The codec without error feedback."""
 
-    def build_for(self, spec: Spec, direction: Direction, *, linear: bool) -> Codec:
+    def build_for(self, spec: Spec, direction: Direction, *, uplink_feedback: bool) -> Codec:
         """The codec of one direction, with error feedback where it is asked for."""
-        both = ("both", "auto") if linear or direction == "downlink" else ("both",)
+        both = ("both", "auto") if uplink_feedback or direction == "downlink" else ("both",)
         codec = self.build(spec)
         return WithErrorFeedback(codec) if self.error_feedback in (direction, *both) else codec
+
+    def objection_to_noise(self) -> str:
+        """Feedback on the uplink: noise is of full rank, so what a payload loses is noise, and would be sent again."""
+        if self.error_feedback in ("both", "uplink"):
+            return (
+                "error_feedback must be auto, downlink or none, because most of what a payload loses is noise; "
+                f"got {self.error_feedback}"
+            )
+        return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,10 @@ class Ef21Options(TransformOptions):
 
     name: Literal["ef21"] = "ef21"
 
+    def objection_to_noise(self) -> str:
+        """The estimate would follow the noise."""
+        return "name must not be ef21, which feeds what a payload loses, noise here, into the next"
+
     def build(self, spec: Spec) -> "Ef21Codec":
         """The codec of payloads with the tensors of `spec`."""
         return Ef21Codec(self.transform(spec))

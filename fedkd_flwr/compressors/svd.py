@@ -41,6 +41,13 @@ class SvdOptions(LossyOptions):
     precision: Precision = "float32"
     error_feedback: ErrorFeedback = "none"
 
+    def objection_to_noise(self) -> str:
+        """An energy: noise is spread over all directions, so nearly all of them would be kept."""
+        return super().objection_to_noise() or (
+            "name must be a compressor with a fixed size, because energy does not tell noise from signal: "
+            "transform_coding with bytes_per_round, powersgd, quantize, top_k or identity; got svd"
+        )
+
     def build(self, spec: Spec) -> "SvdCodec":
         """The codec of payloads with the tensors of `spec`."""
         return SvdCodec(spec, linear(self.energy_start, self.energy_end), self.precision)

@@ -67,6 +67,13 @@ class TransformCodingOptions(LossyOptions, TransformOptions):
 
     name: Literal["transform_coding"] = "transform_coding"
 
+    def objection_to_noise(self) -> str:
+        """An energy to keep, without a limit of bytes: noise is spread over all directions."""
+        objection = super().objection_to_noise()
+        if not objection and self.bytes_per_round is None:
+            objection = "bytes_per_round must be set, because energy does not tell noise from signal; got null"
+        return objection
+
     def build(self, spec: Spec) -> "TransformCodec":
         """The codec of payloads with the tensors of `spec`."""
         return self.transform(spec)

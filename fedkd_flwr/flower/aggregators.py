@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     Bulyan,
+    DifferentialPrivacyServerSideFixedClipping,
     FedAdagrad,
     FedAdam,
     FedAvg,
@@ -27,6 +28,7 @@ from flwr.serverapp.strategy import (
     Krum,
     MultiKrum,
     QFedAvg,
+    Strategy,
 )
 
 from fedkd_flwr.core.arrays import Array, Arrays, RunningMean
@@ -35,6 +37,7 @@ from fedkd_flwr.flower.errors import MessageError
 from fedkd_flwr.server_options import (
     AdaptiveAggregation,
     AggregatorOptions,
+    DpFixedClippingAggregation,
     FedAdamAggregation,
     FedAvgAggregation,
     FedAvgMAggregation,
@@ -144,7 +147,7 @@ class FlowerStrategy:
         needs_loss: whether the strategy weighs by it.
     """
 
-    def __init__(self, make: Callable[[int], FedAvg], *, uniform: bool, needs_loss: bool) -> None:
+    def __init__(self, make: Callable[[int], Strategy], *, uniform: bool, needs_loss: bool) -> None:
         self._make = make
         self._uniform = uniform
         self._needs_loss = needs_loss
@@ -271,6 +274,12 @@ def _fedadagrad(options: AdaptiveAggregation, num_uploads: int) -> FedAvg:
     return FedAdagrad(**_NO_SAMPLING, eta=options.eta, tau=options.tau)
 
 
+def _dp_fixed_clipping(options: DpFixedClippingAggregation, num_uploads: int) -> Strategy:
+    return DifferentialPrivacyServerSideFixedClipping(
+        FedAvg(**_NO_SAMPLING), options.noise_multiplier, options.clipping_norm, num_uploads
+    )
+
+
 def _fedmedian(options: AggregatorOptions, num_uploads: int) -> FedAvg:
     return FedMedian(**_NO_SAMPLING)
 
@@ -303,11 +312,12 @@ def _qfedavg(options: QFedAvgAggregation, num_uploads: int) -> FedAvg:
     )
 
 
-STRATEGIES: Mapping[str, Callable[[Any, int], FedAvg]] = {
+STRATEGIES: Mapping[str, Callable[[Any, int], Strategy]] = {
     "fedavgm": _fedavgm,
     "fedadam": _adaptive(FedAdam),
     "fedyogi": _adaptive(FedYogi),
     "fedadagrad": _fedadagrad,
+    "dp_fixed_clipping": _dp_fixed_clipping,
     "fedmedian": _fedmedian,
     "fedtrimmedavg": _fedtrimmedavg,
     "krum": _krum,

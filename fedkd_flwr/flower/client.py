@@ -26,6 +26,7 @@ from fedkd_flwr.flower.replies import reason_of
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.settings import ClientSettings, client_settings
 from fedkd_flwr.flower.store import UNKNOWN_VERSION, ClientState, ClientStore, LastReply
+from fedkd_flwr.privacy import PrivacyOptions, privatised
 
 PRIVATE_MODEL_DIR = "private_model"
 
@@ -39,6 +40,20 @@ class Client:
     settings: ClientSettings
     runtime: Runtime
     data: ClientData
+
+    @property
+    def privacy(self) -> PrivacyOptions | None:
+        """What is done to its update before it leaves; None: nothing."""
+        return self.settings.experiment.privacy
+
+    @property
+    def tells_metrics(self) -> bool:
+        """Whether scores and numbers of examples leave this client."""
+        return self.privacy is None or self.privacy.share_metrics
+
+    def num_examples(self) -> tuple[int, int]:
+        """Of training and of test, as others are told: one each where that is kept."""
+        return (len(self.data.train), len(self.data.test)) if self.tells_metrics else (1, 1)
 
     def store(self, training_id: str) -> ClientStore:
         """Where this client remembers a training."""
@@ -98,8 +113,7 @@ def hello(message: Message, context: Context, app_dir: Path) -> Message:
         client.settings.client_key,
         version,
         lineage,
-        len(client.data.train),
-        len(client.data.test),
+        *client.num_examples(),
         committed_round=state.committed_round if state else 0,
         replied_round=state.replied_round if state else 0,
         memory="nothing" if state is None else "private" if lost else "all",
@@ -121,7 +135,7 @@ def train(message: Message, context: Context, app_dir: Path) -> Message:
     state = catch_up(client.runtime, _settled(client, state, instruction), instruction)
     decoded = perf_counter()
     reply, state = _train(client, state, instruction)
-    reply = replace(reply, seconds={**reply.seconds, "decode": decoded - started})
+    reply = _told(client, replace(reply, seconds={**reply.seconds, "decode": decoded - started}))
     numbers = {name: getattr(reply, name) for name in _REMEMBERED}
     last = LastReply(instruction.server_round, instruction.lineage, reply.payload, numbers)
     store.commit(replace(state, last_reply=last))
@@ -138,12 +152,12 @@ def evaluate(message: Message, context: Context, app_dir: Path) -> Message:
     seconds = {"decode": perf_counter() - started}
     state = store.commit(state)
     half = client.runtime.algorithm.client
-    scores = half.evaluate(state.shared, state.private, client.data)
+    scores = _scores(client, state)
     # Cleared first: what an earlier version of this run wrote there may have had other files.
     directory = store.directory / PRIVATE_MODEL_DIR
     shutil.rmtree(directory, ignore_errors=True)
     half.export_private(state.shared, state.private, client.data, directory)
-    reply = replace(_scored(client, state, instruction, scores), seconds=seconds)
+    reply = _told(client, replace(_scored(client, state, instruction, scores), seconds=seconds))
     return Message(reply.to_records(), reply_to=message)
 
 
@@ -195,9 +209,8 @@ _REMEMBERED = ("num_examples", "num_test_examples", "shared", "private", "ensemb
 
 def _train(client: Client, state: ClientState, instruction: Instruction) -> tuple[Reply, ClientState]:
     settings, runtime = client.settings, client.runtime
-    half = runtime.algorithm.client
     arrived = perf_counter()
-    scores = half.evaluate(state.shared, state.private, client.data)
+    scores = _scores(client, state)
     seed = derive_seed(settings.experiment.seed, "client", instruction.server_round, settings.client_key)
     assignment = Assignment.of_round(
         instruction.server_round, settings.experiment.num_rounds, progress=instruction.progress, seed=seed
@@ -205,13 +218,14 @@ def _train(client: Client, state: ClientState, instruction: Instruction) -> tupl
     started = perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # dropout and the like draw from torch's global source
-        trained = half.train(state.shared, state.private, client.data, assignment)
+        trained = runtime.algorithm.client.train(state.shared, state.private, client.data, assignment)
     after_training = perf_counter()
     payload: bytes | None = None
     pending = state.committed
     if trained.upload is not None and runtime.wires is not None:
+        upload = trained.upload if client.privacy is None else privatised(trained.upload, client.privacy)
         payload, pending = runtime.wires.uplink.encode(
-            trained.upload, state.committed, progress=instruction.progress, seed=derive_seed(seed, "encode")
+            upload, state.committed, progress=instruction.progress, seed=derive_seed(seed, "encode")
         )
     reply = replace(
         _scored(client, state, instruction, scores),
@@ -224,6 +238,17 @@ def _train(client: Client, state: ClientState, instruction: Instruction) -> tupl
         },
     )
     return reply, replace(state, private=trained.private, pending=pending)
+
+
+def _scores(client: Client, state: ClientState) -> dict[str, Metrics]:
+    """What the client's models are worth on its own test examples; nothing where nobody would be told."""
+    half = client.runtime.algorithm.client
+    return half.evaluate(state.shared, state.private, client.data) if client.tells_metrics else {}
+
+
+def _told(client: Client, reply: Reply) -> Reply:
+    """The reply as it may leave: under privacy without all that follows from the data and has no noise."""
+    return reply if client.tells_metrics else reply.without_metrics()
 
 
 def _settled(client: Client, state: ClientState, instruction: Instruction) -> ClientState:

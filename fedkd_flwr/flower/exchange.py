@@ -21,6 +21,7 @@ from fedkd_flwr.core.schedules import progress_of
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.flower.aggregators import build_aggregator
 from fedkd_flwr.flower.archive import Archive
+from fedkd_flwr.flower.budget import reason_of_budget
 from fedkd_flwr.flower.checkpoint import Checkpoint, Checkpoints
 from fedkd_flwr.flower.early_stop import reason_to_stop
 from fedkd_flwr.flower.errors import MessageError, RunError
@@ -200,7 +201,11 @@ class Exchange(Strategy):
         self.aggregate_train(number, replies)
 
     def _reason_to_stop(self) -> str:
-        return reason_to_stop(self._options.early_stop, self._row, self._ledger.wire_bytes)
+        privacy = self._runtime.experiment.privacy
+        most = privacy.max_epsilon if privacy else None
+        return reason_to_stop(self._options.early_stop, self._row, self._ledger.wire_bytes) or reason_of_budget(
+            self._ledger.privacy, most, self._options.num_attempts
+        )
 
     # Messages
 

@@ -5,7 +5,9 @@ encoded again as they would be, and the messages around them are made and counte
 ranks change as training goes on and the energy rises.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Message
 
@@ -15,6 +17,7 @@ from fedkd_flwr.core.protocols import Codec
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.experiment import Experiment
 from fedkd_flwr.flower.aggregators import build_aggregator
+from fedkd_flwr.flower.budget import check_accounting
 from fedkd_flwr.flower.local_grid import task_identity
 from fedkd_flwr.flower.merger import Merger
 from fedkd_flwr.flower.records import TRAIN, Instruction, Reply
@@ -22,6 +25,8 @@ from fedkd_flwr.flower.round import Round
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.traffic import traffic_of
 from fedkd_flwr.flower.validation import NormBound
+from fedkd_flwr.measure.privacy_account import PrivacyAccount
+from fedkd_flwr.privacy import privatised
 from fedkd_flwr.server_options import AdaptiveAggregation
 
 KILOBYTE = 1e3
@@ -45,6 +50,7 @@ class Forecast:
         num_clients: that train in a round.
         num_rounds: of the run.
         fraction: of the clients that trains in a round.
+        privacy: what a client will have disclosed at the end, as in the ledger; None where updates have no noise.
     """
 
     uplink_bytes: int
@@ -57,6 +63,7 @@ class Forecast:
     num_clients: int
     num_rounds: int
     fraction: float
+    privacy: Mapping[str, Any] | None = None
 
     def describe(self) -> str:
         """One line for a person."""
@@ -111,7 +118,15 @@ def forecast(experiment: Experiment) -> Forecast:
         num_clients=experiment.num_sampled,
         num_rounds=experiment.num_rounds,
         fraction=experiment.num_sampled / experiment.num_clients,
+        privacy=_privacy(experiment),
     )
+
+
+def _privacy(experiment: Experiment) -> Mapping[str, Any] | None:
+    if experiment.noise_facts is None:
+        return None
+    check_accounting(experiment)
+    return PrivacyAccount(experiment.noise_facts).forecast(experiment.num_rounds, experiment.num_sampled)
 
 
 def _first_reply(runtime: Runtime, client: int) -> Reply:
@@ -120,7 +135,7 @@ def _first_reply(runtime: Runtime, client: int) -> Reply:
     seed = derive_seed(runtime.experiment.seed, "forecast", client)
     trained = half.train(runtime.initial, half.initial_private(data), data, _first_assignment(runtime, seed))
     scores = half.evaluate(runtime.initial, trained.private, data)
-    return Reply(
+    reply = Reply(
         server_round=1,
         attempt=1,
         version=1,
@@ -134,6 +149,8 @@ def _first_reply(runtime: Runtime, client: int) -> Reply:
         train=trained.metrics,
         seconds=dict.fromkeys(("evaluate", "client_train", "encode", "decode"), 0.0),
     )
+    privacy = runtime.experiment.privacy
+    return reply if privacy is None or privacy.share_metrics else reply.without_metrics()
 
 
 def _first_assignment(runtime: Runtime, seed: int) -> Assignment:
@@ -143,8 +160,9 @@ def _first_assignment(runtime: Runtime, seed: int) -> Assignment:
 def _encoded(runtime: Runtime, trained: Trained, seed: int) -> bytes | None:
     if runtime.wires is None or trained.upload is None:
         return None
-    uplink = runtime.wires.uplink
-    return uplink.encode(trained.upload, uplink.initial_state(), progress=0.0, seed=seed)[0]
+    uplink, privacy = runtime.wires.uplink, runtime.experiment.privacy
+    upload = trained.upload if privacy is None else privatised(trained.upload, privacy)
+    return uplink.encode(upload, uplink.initial_state(), progress=0.0, seed=seed)[0]
 
 
 def _first_broadcast(runtime: Runtime, replies: dict[str, Reply]) -> bytes | None:

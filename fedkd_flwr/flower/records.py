@@ -6,7 +6,7 @@ identifier of variable length, so the size of a message depends on its payload a
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import TypeVar
 from zlib import crc32
@@ -245,6 +245,11 @@ class Reply:
     def payload_bytes(self) -> int:
         """Bytes of the upload."""
         return len(self.payload) if self.payload is not None else 0
+
+    def without_metrics(self) -> "Reply":
+        """The same, saying nothing that follows from the client's data but its payload: one example of each kind."""
+        bare = Reply(self.server_round, self.attempt, self.version, self.lineage, num_examples=1, num_test_examples=1)
+        return replace(bare, payload=self.payload)
 
     def to_records(self) -> RecordDict:
         """As Flower records: one array, and one metric record with groups told apart by a letter."""

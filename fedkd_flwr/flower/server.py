@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from fedkd_flwr.core.arrays import num_elements
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, load
+from fedkd_flwr.flower.budget import check_accounting
 from fedkd_flwr.flower.checkpoint import Checkpoints
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.exchange import Exchange
@@ -51,6 +52,7 @@ def serve(grid: Grid, settings: ServerSettings, listener: Listener | None = None
         RunError: if the run can't go on. The ledger and the summary then say "failed".
     """
     runtime = runtime_of(settings.experiment)
+    check_accounting(settings.experiment)
     run_dir = settings.run_dir
     if settings.resume:
         check_resumable(settings)
@@ -175,4 +177,5 @@ def _write_start(ledger: Ledger, runtime: Runtime, training_id: str) -> None:
         initial_digest=runtime.lineage.hex(),
         environment=environment(),
         notes=list(runtime.task.data_report().notes),
+        **({"privacy": facts} if (facts := experiment.noise_facts) else {}),
     )

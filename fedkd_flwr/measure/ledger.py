@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedkd_flwr.measure.privacy_account import PrivacyAccount
+
 Row = dict[str, Any]
 Listener = Callable[[Row], None]
 
@@ -58,6 +60,7 @@ class Ledger:
         last_round: the last round that has a row; -1 where none has.
         training_id: of the `start` row, or empty.
         num_resumes: how often the run was resumed.
+        privacy: what clients have disclosed; None where they add no noise.
     """
 
     def __init__(self, directory: Path, listener: Listener | None = None) -> None:
@@ -66,6 +69,7 @@ class Ledger:
         self.last_round = -1
         self.training_id = ""
         self.num_resumes = 0
+        self.privacy: PrivacyAccount | None = None
         elapsed = 0.0
         if path.exists():
             _cut_torn_line(path)
@@ -84,14 +88,19 @@ class Ledger:
             self.last_round = row.get("round", self.last_round)
         elif kind == "start":
             self.training_id = row.get("training_id", "")
+            self.privacy = PrivacyAccount(facts) if (facts := row.get("privacy")) else None
         self.num_resumes += kind == "resume"
+        if self.privacy is not None:
+            self.privacy.take(row)
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one row of a kind."""
         row: Row = {"kind": kind, "elapsed_seconds": round(time.monotonic() - self._started, 4), **values}
+        self._count(row)
+        if self.privacy is not None and kind in ("round", "final"):
+            row["privacy"] = self.privacy.spent()
         self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
         self._file.flush()
-        self._count(row)
         if self._listener:
             self._listener(row)
 

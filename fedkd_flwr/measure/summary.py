@@ -41,6 +41,7 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     spread: dict[str, Any] = {}
     rejected: dict[str, int] = {}
     stopped_early = ""
+    privacy: Row | None = None
     for row in without_repeats(rows):
         if row["kind"] == "start":
             start = row
@@ -53,6 +54,7 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
             for rejection in row.get("rejected", ()):
                 rejected[rejection["kind"]] = rejected.get(rejection["kind"], 0) + 1
             stopped_early = row.get("stopped_early", "")
+            privacy = row.get("privacy")
             for name in SECONDS:
                 seconds[name] += row["seconds"].get(name) or 0.0
         # A run without an `end` row after its last start is unfinished; it lasted until its last row.
@@ -71,6 +73,7 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
         "spread": spread,
         "rejected": dict(sorted(rejected.items())),
         "stopped_early": stopped_early or None,
+        **({"privacy": privacy} if privacy else {}),
     }
 
 

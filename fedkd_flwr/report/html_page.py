@@ -12,6 +12,7 @@ from fedkd_flwr.report.account import Account, account_of
 from fedkd_flwr.report.charts import Axes, Series, bar_chart, line_chart
 from fedkd_flwr.report.markup import as_text
 from fedkd_flwr.report.page_style import STYLE
+from fedkd_flwr.report.privacy import privacy_rows
 from fedkd_flwr.report.runs import MEGABYTE, RunResult
 
 PAGE_FILE = "report.html"
@@ -39,6 +40,7 @@ def html_page(run: RunResult) -> str:
         _bytes(run),
         _clients(account),
         _troubles(run, account),
+        _privacy(run),
         _facts(run),
         _configuration(run.directory),
     ]
@@ -244,6 +246,14 @@ def _troubles(run: RunResult, account: Account) -> str:
     if len(parts) == 1:
         parts.append("<p>No round was skipped and no reply rejected.</p>")
     return "".join(parts) + "</section>"
+
+
+def _privacy(run: RunResult) -> str:
+    rows = [(as_text(name), as_text(value)) for name, value in privacy_rows(run.summary.get("privacy"))]
+    if not rows:
+        return ""
+    caption = "What the noise on updates promises, of one client's whole data, as far as the run went"
+    return f"<section><h2>Differential privacy</h2>{_table(caption, ['', ''], rows, 'words')}</section>"
 
 
 def _facts(run: RunResult) -> str:

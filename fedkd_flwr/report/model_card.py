@@ -9,6 +9,7 @@ import yaml
 
 from fedkd_flwr.experiment import CONFIG_FILE
 from fedkd_flwr.measure.summary import read_summary
+from fedkd_flwr.report.privacy import privacy_rows
 
 CARD_FILE = "README.md"
 MODEL_DIR = "student"
@@ -94,6 +95,7 @@ def _text(config: Mapping[str, Any], summary: Mapping[str, Any], loads: tuple[st
     ]
     if reduction is not None:
         lines.append(f"| beside dense FedAvg of the teacher | {100 * reduction:.2f} % fewer bytes |")
+    lines += [f"| {name} | {value} |" for name, value in privacy_rows(summary.get("privacy"))]
     lines += [f"| seed | {summary['seed']} |", "", "## Scores", "", "| | metric | value |", "|---|---|---:|"]
     for scope, what in SCOPE_NAMES.items():
         for name, value in (summary["metrics"][scope] or {}).items():
@@ -118,7 +120,8 @@ def _text(config: Mapping[str, Any], summary: Mapping[str, Any], loads: tuple[st
         "## Limits",
         "",
         "Scores are of the data above and of no other. Federated training keeps the data on the clients; it is no "
-        "promise that nothing can be learned of it from the model.",
+        "promise that nothing can be learned of it from the model"
+        + (", beyond what epsilon above bounds." if summary.get("privacy") else "."),
         "",
     ]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, load
 from fedkd_flwr.measure.ledger import LEDGER_FILE
 from fedkd_flwr.measure.metrics import SCOPES
 from fedkd_flwr.report.account import Account, account_of
+from fedkd_flwr.report.privacy import privacy_rows
 from fedkd_flwr.report.runs import MEGABYTE, RunResult, read_run
 
 GRACE_SECONDS = 60.0
@@ -66,6 +67,7 @@ class RunStatus:
             *((scope.replace("_", " "), self._scores(scope)) for scope in SCOPES),
             ("rejected", ", ".join(f"{kind} {count}" for kind, count in summary["rejected"].items()) or "none"),
             ("skipped", _last(account.skipped) or "none"),
+            *privacy_rows(summary.get("privacy"))[:2],
         ]
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value in rows:

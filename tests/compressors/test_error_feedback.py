@@ -18,7 +18,11 @@ each_lossy = pytest.mark.parametrize("name", sorted(LOSSY))
 
 
 def with_feedback(name: str, spec: Spec = SPEC) -> Codec:
-    codec = LOSSY[name].model_validate({"name": name, "error_feedback": "both"}).build_for(spec, "uplink", linear=True)
+    codec = (
+        LOSSY[name]
+        .model_validate({"name": name, "error_feedback": "both"})
+        .build_for(spec, "uplink", uplink_feedback=True)
+    )
     assert isinstance(codec, WithErrorFeedback)
     return codec
 
@@ -185,7 +189,7 @@ def test_feedback_is_in_the_directions_that_are_asked_for(
 ) -> None:
     options = LOSSY[name].model_validate({"name": name, "error_feedback": choice})
     directions: tuple[Direction, Direction] = ("uplink", "downlink")
-    found = {d for d in directions if isinstance(options.build_for(SPEC, d, linear=linear), WithErrorFeedback)}
+    found = {d for d in directions if isinstance(options.build_for(SPEC, d, uplink_feedback=linear), WithErrorFeedback)}
     assert found == expected
 
 
@@ -219,5 +223,5 @@ def test_the_published_compressor_feeds_nothing_back_and_the_others_do() -> None
 def test_identity_and_ef21_have_no_residual() -> None:
     for name in ("identity", "ef21"):
         for direction in ("uplink", "downlink"):
-            codec = COMPRESSORS[name](name=name).build_for(SPEC, direction, linear=True)  # type: ignore[arg-type]
+            codec = COMPRESSORS[name](name=name).build_for(SPEC, direction, uplink_feedback=True)  # type: ignore[arg-type]
             assert not isinstance(codec, WithErrorFeedback)
