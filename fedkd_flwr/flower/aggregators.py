@@ -187,7 +187,8 @@ class FlowerStrategy:
         if arrays is None:
             return None
         self._state = _state(strategy, list(template))
-        return {name: np.asarray(arrays[name].numpy(), np.float32) for name in template}
+        shapes = {name: np.shape(value) for name, value in template.items()}
+        return {name: np.asarray(arrays[name].numpy(), np.float32).reshape(shape) for name, shape in shapes.items()}
 
     def state(self) -> Arrays:
         """The strategy's moments."""
@@ -231,7 +232,8 @@ class _Replied:
 
 
 def _record(arrays: Arrays) -> ArrayRecord:
-    return ArrayRecord({name: FlowerArray(np.asarray(value)) for name, value in arrays.items()})
+    # With one axis at least: what clips in Flower does so in place, and leaves a number without axes as it is.
+    return ArrayRecord({name: FlowerArray(np.atleast_1d(value)) for name, value in arrays.items()})
 
 
 def _reply(upload: Arrays, num_examples: int, loss: float) -> Message:

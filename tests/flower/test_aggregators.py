@@ -24,6 +24,7 @@ Oracle = Callable[[Sequence["Round"]], list[Vector]]  # the aggregate of every r
 
 SHAPES: dict[str, tuple[int, ...]] = {"w": (3, 4), "b": (4,), "scale": ()}  # not in the order of the alphabet
 ETA, TAU, BETA_1, BETA_2, MOMENTUM = 0.05, 1e-3, 0.8, 0.95, 0.7
+NO_NOISE = 1e-30  # far below what float32 shows
 NAMES = ["fedavg", *STRATEGIES]
 
 
@@ -65,9 +66,11 @@ def rounds(num_clients: int = 7, count: int = 3) -> list[Round]:
 
 def built(name: str, **options: Any) -> Aggregator:
     needs_eta = {"fedavgm", "fedadam", "fedyogi", "fedadagrad"}
-    eta = {"eta": ETA} if name in needs_eta else {}
+    needed: dict[str, Any] = {"eta": ETA} if name in needs_eta else {}
+    if name == "dp_fixed_clipping":
+        needed = {"clipping_norm": 1e3, "noise_multiplier": NO_NOISE}
     return build_aggregator(
-        ServerOptions.model_validate({"aggregator": {"name": name} | eta | options}).aggregator,
+        ServerOptions.model_validate({"aggregator": {"name": name} | needed | options}).aggregator,
     )
 
 
@@ -189,6 +192,13 @@ def qfedavg(q: float, rate: float) -> Oracle:
     return oracle
 
 
+def clipped_mean(most: float) -> Oracle:
+    def of(of_rounds: Sequence[Round]) -> list[Vector]:
+        return [np.mean([row * min(1.0, most / np.linalg.norm(row)) for row in r.matrix], axis=0) for r in of_rounds]
+
+    return of
+
+
 MOMENTS = {"beta_1": BETA_1, "beta_2": BETA_2, "tau": TAU}
 
 
@@ -205,6 +215,8 @@ MOMENTS = {"beta_1": BETA_1, "beta_2": BETA_2, "tau": TAU}
         ("fedyogi", MOMENTS | {"weighting": "num_examples"}, yogi("num_examples")),
         ("fedadagrad", {"tau": TAU}, adagrad("uniform")),
         ("fedadagrad", {"tau": TAU, "weighting": "num_examples"}, adagrad("num_examples")),
+        ("dp_fixed_clipping", {}, mean("uniform")),
+        ("dp_fixed_clipping", {"clipping_norm": 2.0}, clipped_mean(2.0)),
         ("fedmedian", {}, median),
         ("fedtrimmedavg", {"beta": 0.3}, trimmed),
         ("krum", {}, krum),
@@ -275,6 +287,15 @@ def test_a_rule_without_moments_has_no_state_and_gives_the_same_for_the_same_upl
     first, second = driven(aggregator, [Round(0, 7), Round(0, 7)])
     assert all(np.array_equal(first[key], second[key]) for key in SHAPES)
     assert aggregator.state() == {}
+
+
+def test_a_servers_noise_has_the_deviation_of_the_bound_over_the_uploads() -> None:
+    deviation = 0.5 * 2.0 / 7
+    silent = flat(taken(built("dp_fixed_clipping", clipping_norm=2.0), 1, Round(0, 7)))
+    aggregator = built("dp_fixed_clipping", clipping_norm=2.0, noise_multiplier=0.5)
+    noise = np.concatenate([flat(taken(aggregator, 1, Round(0, 7))) - silent for _ in range(100)])
+    assert noise.std() == pytest.approx(deviation, rel=0.1)
+    assert abs(noise.mean()) < 5 * deviation / len(noise) ** 0.5
 
 
 def test_momentum_is_of_the_uploads_and_not_of_former_aggregates() -> None:
@@ -382,7 +403,7 @@ def test_an_option_of_another_aggregator_is_refused() -> None:
 
 
 def test_every_aggregator_of_the_options_can_be_built() -> None:
-    wanted = "'fedavg', 'fedavgm', 'fedadam', 'fedyogi', 'fedadagrad', 'fedmedian', 'fedtrimmedavg', 'krum', "
+    wanted = "'fedavg', 'fedavgm', 'fedadam', 'fedyogi', 'fedadagrad', 'dp_fixed_clipping', 'fedmedian', "
     with pytest.raises(ConfigError) as caught:
         small("server.aggregator.name=median")
     allowed = str(caught.value).removeprefix("server.aggregator.name: must be one of ").split(", got")[0]

@@ -139,6 +139,14 @@ def test_text_of_clients_and_of_the_configuration_never_becomes_markup(tmp_path:
     assert "</pre><script>alert(3)</script>" in page.text
 
 
+def test_a_private_run_says_what_epsilon_bounds_and_any_other_says_nothing_of_it(run: Run) -> None:
+    private = run("privacy={clip_norm: 1, noise_multiplier: 0}", "compressor={name: quantize}", "num_rounds=1")
+    page = html_page(read_run(private))
+    assert "Differential privacy" in page
+    assert page.count("no bound") == 2
+    assert "Differential privacy" not in html_page(read_run(run("num_rounds=1")))
+
+
 def test_a_run_without_a_single_round_has_a_page(tmp_path: Path) -> None:
     directory = written(tmp_path / "run", START, {"kind": "end", "status": "failed", "reason": "2 clients wanted"})
     write_report([directory])

@@ -37,6 +37,16 @@ def test_a_card_states_what_the_ledger_says(run: Run) -> None:
     assert "| clients | 3 |" in text and "| rounds | 3 |" in text and "| seed | 1 |" in text
 
 
+def test_a_card_of_a_private_run_states_epsilon_and_what_it_leaves_out(run: Run) -> None:
+    directory = run("privacy={clip_norm: 1, noise_multiplier: 1}", "compressor={name: quantize}")
+    spent = json.loads((directory / "summary.json").read_text(encoding="utf-8"))["privacy"]
+    _, text = parts(directory)
+    assert f"| privacy towards the server | epsilon {spent['epsilon_server']:.4g} |" in text
+    assert f"| privacy of what is released | epsilon {spent['epsilon_released']:.4g} |" in text
+    assert f"| outside epsilon | {'; '.join(spent['outside'])} |" in text
+    assert "beyond what epsilon above bounds" in text
+
+
 def test_a_card_of_a_library_task_says_how_to_load_it(run: Run) -> None:
     directory = run()
     changed(directory, "summary.json", task="text_classification")
