@@ -20,6 +20,7 @@ import fedkd_flwr
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, Experiment, baselines_of, load
 from fedkd_flwr.flower.budget import check_accounting
 from fedkd_flwr.flower.certificates import CA_DAYS, make_certificates, make_node_key
+from fedkd_flwr.flower.cluster import joined_cluster
 from fedkd_flwr.flower.commands import Commands, add_connection, require_connection
 from fedkd_flwr.flower.deployment import run_demo
 from fedkd_flwr.flower.errors import RunError
@@ -334,6 +335,8 @@ def _prepared(experiment: Experiment, output_dir: Path | None, noted: set[str]) 
 def _execute(
     experiment: Experiment, run_dir: Path, in_process: bool, *, resume: bool = False, force: bool = False
 ) -> None:
+    if not in_process and (cluster := joined_cluster(run_dir.parent)):
+        err.print(f"note: {cluster.describe()}", highlight=False, markup=False, soft_wrap=True)
     with RunProgress(experiment.name, experiment.num_rounds, err) as progress:
         if in_process:
             # Imported here: the apps stand beside the package, and nothing else needs them.

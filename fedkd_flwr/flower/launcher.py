@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from fedkd_flwr.experiment import Experiment
+from fedkd_flwr.flower.cluster import cluster_address
 from fedkd_flwr.flower.commands import Commands, add_connection, check_app, run_config
 from fedkd_flwr.flower.processes import LOOPBACK, Children, free_ports
 from fedkd_flwr.measure.ledger import Listener
@@ -46,7 +47,12 @@ def launch(
     check_app(app_dir)
     config = run_config(experiment, app_dir, run_dir, resume=resume, force=force)
     federation = f"num-supernodes={experiment.num_clients} client-resources-num-cpus=1"
-    with tempfile.TemporaryDirectory(prefix="fedkd-", ignore_cleanup_errors=True) as name, Children() as children:
+    # Flower unpacks the app in its home, and the hosts of a cluster must find it there as they find the results.
+    shared = run_dir.parent if cluster_address() else None
+    with (
+        tempfile.TemporaryDirectory(prefix="fedkd-", dir=shared, ignore_cleanup_errors=True) as name,
+        Children() as children,
+    ):
         home = Path(name)
         [port] = free_ports(1)
         superlink = (
