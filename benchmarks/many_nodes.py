@@ -64,7 +64,7 @@ class Node(threading.Thread):
         """Until told to stop."""
         with http_request_response(self._address, insecure=True) as connection:
             node_id, receive, send, _, _, pull_object, push_object, confirm = connection
-            node_config = {"partition-id": self._number}
+            node_config: dict[str, bool | float | int | str] = {"partition-id": self._number}
             while not self._stop_event.is_set():
                 received = receive()
                 if received is None:
