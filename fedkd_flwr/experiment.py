@@ -19,7 +19,7 @@ from fedkd_flwr.core.arrays import Spec
 from fedkd_flwr.core.protocols import Codec, Direction, Task
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.privacy import PrivacyOptions
-from fedkd_flwr.server_options import DpFixedClippingAggregation, EarlyStopOptions, ServerOptions
+from fedkd_flwr.server_options import DpFixedClippingAggregation, EarlyStopOptions, FedAvgAggregation, ServerOptions
 from fedkd_flwr.tasks import TASKS, TaskOptions
 
 CONFIG_FILE = "config.yaml"  # the resolved experiment, in the directory of each run
@@ -151,8 +151,14 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             algorithm = self.algorithm.build(task, derive_seed(self.seed, "models"))
         except (ValueError, RuntimeError, MemoryError) as error:  # torch says RuntimeError when memory is short
             raise ConfigError(_one_line(str(error)) or "not enough memory for the models") from error
+        name = self.algorithm.name
         if self.privacy is not None and algorithm.exchanges == "outputs":
-            raise ConfigError(f"privacy: must be null with {self.algorithm.name}, which exchanges outputs, not updates")
+            raise ConfigError(f"privacy: must be null with {name}, which exchanges outputs, not updates")
+        if algorithm.make_aggregator and self.server.aggregator != FedAvgAggregation():
+            raise ConfigError(
+                f"server.aggregator: must be left out with {name}, which has a rule of its own for outputs, "
+                f"got {self.server.aggregator.name}"
+            )
         return algorithm
 
     def build_codec(self, spec: Spec, direction: Direction) -> Codec:

@@ -1,6 +1,7 @@
 """What a client optimises: one file for each algorithm with both halves, one line for each here."""
 
 from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions, Baseline
+from fedkd_flwr.algorithms.fd import FdOptions
 from fedkd_flwr.algorithms.fedavg import FedAvgOptions
 from fedkd_flwr.algorithms.fedkd import FedKDOptions
 from fedkd_flwr.algorithms.fedkd_paper import FedKDPaperOptions
@@ -8,6 +9,7 @@ from fedkd_flwr.algorithms.fedprox import FedProxOptions
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
 
 ALGORITHMS: dict[str, type[AlgorithmOptions]] = {
+    "fd": FdOptions,
     "fedavg": FedAvgOptions,
     "fedkd": FedKDOptions,
     "fedkd_paper": FedKDPaperOptions,

@@ -39,18 +39,24 @@ class Assignment:
         seed: source of all randomness of this client in this round.
         begin: share of all rounds that is done when this one begins, in [0, 1].
         end: the same when it has ended, in (0, 1].
+        server_round: counted from 1.
+        counted_round: round of this client's last upload that entered an aggregate; 0 where none did.
     """
 
     progress: float
     seed: int
     begin: float = 0.0
     end: float = 1.0
+    server_round: int = 1
+    counted_round: int = 0
 
     @classmethod
-    def of_round(cls, server_round: int, num_rounds: int, *, progress: float, seed: int) -> "Assignment":
+    def of_round(
+        cls, server_round: int, num_rounds: int, *, progress: float, seed: int, counted_round: int = 0
+    ) -> "Assignment":
         """What is asked in one round of `num_rounds`, counted from 1. A round beyond the last lies at the very end."""
         begin, end = (min(done / num_rounds, 1.0) for done in (server_round - 1, server_round))
-        return cls(progress, seed, begin, end)
+        return cls(progress, seed, begin, end, server_round, counted_round)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +124,38 @@ class ServerHalf(Protocol):
         """Write the shared model where there is one; say whether there is."""
 
 
+class Aggregator(Protocol):
+    """Turns the uploads of one round into one."""
+
+    def begin(self, server_round: int) -> None:
+        """Forget the uploads of the round before."""
+
+    def add(self, upload: Arrays, num_examples: int, loss: float | None) -> None:
+        """Take one upload.
+
+        Args:
+            upload: float32, about zero where it is an update.
+            num_examples: the client's training examples.
+            loss: its mean training loss; None where it gave none.
+
+        Raises:
+            ValueError: if the rule can't take it.
+        """
+
+    def result(self) -> Arrays | None:
+        """The aggregate of what was taken since `begin`; None where the rule gives none for so few.
+
+        Raises:
+            ValueError: if the rule can't be applied to these uploads.
+        """
+
+    def state(self) -> Arrays:
+        """What the next round needs of this one."""
+
+    def restore(self, state: Arrays) -> None:
+        """Go on from a state."""
+
+
 @dataclass(frozen=True, slots=True)
 class Algorithm:
     """Both halves of one algorithm and what they share.
@@ -126,6 +164,9 @@ class Algorithm:
         exchanges: what crosses the network.
         num_teacher_parameters: trainable parameters of the task's teacher, for the bytes that FedAvg of it would move.
         num_student_parameters: likewise of the student.
+        make_aggregator: how uploads become one where a mean of them, or a robust rule, means nothing; None where the
+            user's choice does it.
+        notes: one line each: what leaves a client beyond what its name says.
     """
 
     exchanges: Exchanges
@@ -134,6 +175,8 @@ class Algorithm:
     server: ServerHalf
     num_teacher_parameters: int
     num_student_parameters: int
+    make_aggregator: Callable[[], Aggregator] | None = None
+    notes: tuple[str, ...] = ()
 
 
 class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):

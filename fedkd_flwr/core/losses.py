@@ -42,6 +42,17 @@ def cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None =
     return total / torch.where(mass > 0, mass, 1.0)
 
 
+def soft_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy in nats towards probabilities, -sum_c q_c log softmax(z)_c, weighted and averaged over the batch.
+
+    Args:
+        logits: [batch, classes], gets the gradient.
+        targets: [batch, classes], probabilities.
+        weights: [batch], of each example, which counts in the mean whatever it weighs; 0 where there is no target.
+    """
+    return -((targets * logits.log_softmax(dim=-1)).sum(dim=-1) * weights).mean()
+
+
 def task_loss(out: Outputs) -> Tensor:
     """What every model is trained on, whatever else it learns from: `cross_entropy` of one forward pass."""
     return cross_entropy(out.logits, out.labels, out.class_weights)

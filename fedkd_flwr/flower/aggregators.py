@@ -1,15 +1,16 @@
 """Uploads into one aggregate.
 
-An aggregator sees decoded float32 updates about zero. The mean is ours, one running sum; every other rule is a Flower
-strategy, wrapped: it is shown zeros as the current model and the updates as what clients trained. Moving the origin
-would change what Krum chooses; a strategy also holds every update of a round at once, which the mean does not.
+An aggregator sees decoded float32 updates about zero; an algorithm that exchanges outputs brings one of its own. The
+mean is ours, one running sum; every other rule is a Flower strategy, wrapped: it is shown zeros as the current model
+and the updates as what clients trained. Moving the origin would change what Krum chooses; a strategy also holds every
+update of a round at once, which the mean does not.
 """
 
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array as FlowerArray
@@ -31,9 +32,11 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
+from fedkd_flwr.algorithms.base import Aggregator
 from fedkd_flwr.core.arrays import Array, Arrays, RunningMean
 from fedkd_flwr.core.modules import prefixed, without_prefix
 from fedkd_flwr.flower.errors import MessageError
+from fedkd_flwr.flower.runtime import Runtime
 from fedkd_flwr.server_options import (
     AdaptiveAggregation,
     AggregatorOptions,
@@ -61,38 +64,6 @@ _NO_SAMPLING: Mapping[str, Any] = {
     "min_evaluate_nodes": 1,
     "min_available_nodes": 1,
 }
-
-
-class Aggregator(Protocol):
-    """Turns the uploads of one round into one."""
-
-    def begin(self, server_round: int) -> None:
-        """Forget the uploads of the round before."""
-
-    def add(self, upload: Arrays, num_examples: int, loss: float | None) -> None:
-        """Take one upload.
-
-        Args:
-            upload: float32, about zero.
-            num_examples: the client's training examples.
-            loss: its mean training loss; None where it gave none.
-
-        Raises:
-            MessageError: if the rule needs a loss.
-        """
-
-    def result(self) -> Arrays | None:
-        """The aggregate of what was taken since `begin`, float32; None where the rule gives none for so few.
-
-        Raises:
-            ValueError: if the rule can't be applied to these uploads.
-        """
-
-    def state(self) -> Arrays:
-        """What the next round needs of this one."""
-
-    def restore(self, state: Arrays) -> None:
-        """Go on from a state."""
 
 
 class Mean:
@@ -337,3 +308,9 @@ def build_aggregator(options: AggregatorOptions) -> Aggregator:
     uniform = getattr(options, "weighting", "uniform") == "uniform"
     needs_loss = isinstance(options, QFedAvgAggregation)
     return FlowerStrategy(lambda num_uploads: make(options, num_uploads), uniform=uniform, needs_loss=needs_loss)
+
+
+def aggregator_of(runtime: Runtime) -> Aggregator:
+    """The algorithm's own rule where it has one, else the one that the user chose."""
+    make = runtime.algorithm.make_aggregator
+    return make() if make else build_aggregator(runtime.experiment.server.aggregator)

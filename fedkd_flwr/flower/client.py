@@ -213,7 +213,11 @@ def _train(client: Client, state: ClientState, instruction: Instruction) -> tupl
     scores = _scores(client, state)
     seed = derive_seed(settings.experiment.seed, "client", instruction.server_round, settings.client_key)
     assignment = Assignment.of_round(
-        instruction.server_round, settings.experiment.num_rounds, progress=instruction.progress, seed=seed
+        instruction.server_round,
+        settings.experiment.num_rounds,
+        progress=instruction.progress,
+        seed=seed,
+        counted_round=instruction.counted_round,
     )
     started = perf_counter()
     with torch.random.fork_rng(devices=[]):

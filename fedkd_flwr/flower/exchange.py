@@ -19,7 +19,7 @@ from fedkd_flwr.algorithms.base import Assignment
 from fedkd_flwr.core.protocols import Examples
 from fedkd_flwr.core.schedules import progress_of
 from fedkd_flwr.core.seeds import derive_seed
-from fedkd_flwr.flower.aggregators import build_aggregator
+from fedkd_flwr.flower.aggregators import aggregator_of
 from fedkd_flwr.flower.archive import Archive
 from fedkd_flwr.flower.budget import reason_of_budget
 from fedkd_flwr.flower.checkpoint import Checkpoint, Checkpoints
@@ -73,7 +73,7 @@ class Exchange(Strategy):
         self._merger: Merger | None = None
         if wires:
             robust = options.aggregator.robust
-            self._merger = Merger(wires.uplink, build_aggregator(options.aggregator), bound, robust=robust)
+            self._merger = Merger(wires.uplink, aggregator_of(runtime), bound, robust=robust)
         num_sampled = runtime.experiment.num_sampled
         self._sampler = Sampler(num_sampled, options.max_resyncs_per_round, self._seed, checkpoints)
         self._roster = Roster(runtime.experiment.num_clients)

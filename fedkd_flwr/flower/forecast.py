@@ -16,7 +16,7 @@ from fedkd_flwr.core.arrays import FLOAT_BYTES, num_elements
 from fedkd_flwr.core.protocols import Codec
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.experiment import Experiment
-from fedkd_flwr.flower.aggregators import build_aggregator
+from fedkd_flwr.flower.aggregators import aggregator_of
 from fedkd_flwr.flower.budget import check_accounting
 from fedkd_flwr.flower.local_grid import task_identity
 from fedkd_flwr.flower.merger import Merger
@@ -169,9 +169,7 @@ def _first_broadcast(runtime: Runtime, replies: dict[str, Reply]) -> bytes | Non
     if runtime.wires is None:
         return None
     downlink: Codec = runtime.wires.downlink
-    merger = Merger(
-        runtime.wires.uplink, build_aggregator(runtime.experiment.server.aggregator), NormBound(None, "clip")
-    )
+    merger = Merger(runtime.wires.uplink, aggregator_of(runtime), NormBound(None, "clip"))
     current = Round(1, 0.0, 0, runtime.lineage, accepted=dict(replies))
     merger.take(current, current.reject)
     seed = derive_seed(runtime.experiment.seed, "forecast")

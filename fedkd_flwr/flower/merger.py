@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 
+from fedkd_flwr.algorithms.base import Aggregator
 from fedkd_flwr.core.arrays import Array, Arrays, RunningMean
 from fedkd_flwr.core.modules import prefixed
 from fedkd_flwr.core.protocols import Codec
-from fedkd_flwr.flower.aggregators import Aggregator, Median
+from fedkd_flwr.flower.aggregators import Median
 from fedkd_flwr.flower.archive import Archive
 from fedkd_flwr.flower.records import Reply
 from fedkd_flwr.flower.replies import reason_of

@@ -176,6 +176,6 @@ def _write_start(ledger: Ledger, runtime: Runtime, training_id: str) -> None:
         num_exchanged_elements=num_elements(runtime.wires.uplink.spec) if runtime.wires else 0,
         initial_digest=runtime.lineage.hex(),
         environment=environment(),
-        notes=list(runtime.task.data_report().notes),
+        notes=[*runtime.task.data_report().notes, *algorithm.notes],
         **({"privacy": facts} if (facts := experiment.noise_facts) else {}),
     )

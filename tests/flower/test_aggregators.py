@@ -9,9 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from torch import nn
 
+from fedkd_flwr.algorithms.base import Aggregator
 from fedkd_flwr.core.arrays import Array, Arrays
 from fedkd_flwr.experiment import ConfigError
-from fedkd_flwr.flower.aggregators import STRATEGIES, Aggregator, build_aggregator
+from fedkd_flwr.flower.aggregators import STRATEGIES, build_aggregator
 from fedkd_flwr.flower.archive import Archive, read_archive, write_archive
 from fedkd_flwr.flower.errors import MessageError
 from fedkd_flwr.flower.local_grid import task_identity
