@@ -12,7 +12,7 @@ from typing import Literal
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedkd_flwr.flower.records import payload_bytes_of
+from fedkd_flwr.flower.carriage import carried_bytes
 from fedkd_flwr.flower.traffic import traffic_of
 from fedkd_flwr.measure.ledger import Ledger, MessageRow
 
@@ -146,7 +146,7 @@ class Mailbox:
         server_round: int,
     ) -> None:
         traffic = traffic_of(message, direction)
-        payload_bytes = payload_bytes_of(message.content) if message.has_content() else 0
+        payload_bytes = carried_bytes(message.content) if message.has_content() else 0
         self._ledger.message(
             MessageRow(
                 server_round, client_key, direction, purpose, payload_bytes, traffic.wire_bytes, traffic.framing_bytes

@@ -1,7 +1,7 @@
 """Messages as frozen values, and their form as Flower records. Both directions of each live side by side.
 
-A payload travels as one uint8 array: Flower's framing costs about 600 bytes an array. No message holds a path or an
-identifier of variable length, so the size of a message depends on its payload alone.
+A payload travels in one piece (`carriage.py`). No message holds a path or an identifier of variable length, so the size
+of a message depends on its payload alone.
 """
 
 import re
@@ -11,10 +11,10 @@ from itertools import accumulate, pairwise
 from typing import TypeVar
 from zlib import crc32
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedkd_flwr.experiment import NAME_PATTERN
+from fedkd_flwr.flower.carriage import carried, carry
 from fedkd_flwr.flower.errors import MessageError
 
 HELLO = "query.hello"
@@ -30,7 +30,6 @@ _MOST_METRICS = 100
 _LARGEST_METRIC = 1e30
 _MOST_EXAMPLES = 10**12
 _MOST_SECONDS = 1e7
-_NPY_HEADER_BYTES = 128  # an array travels as numpy.save writes it
 
 T = TypeVar("T")
 
@@ -168,17 +167,17 @@ class Instruction:
         content = RecordDict({"config": config})
         if self.snapshot is not None:
             config["snapshot"] = True
-            content["arrays"] = _arrays(self.snapshot)
+            carry(content, self.snapshot)
         elif self.payloads:
             config["sizes"] = [len(payload) for payload in self.payloads]
-            content["arrays"] = _arrays(b"".join(self.payloads))
+            carry(content, b"".join(self.payloads))
         return content
 
     @classmethod
     def from_records(cls, content: RecordDict) -> "Instruction":
         """Read what `to_records` wrote."""
         config = _config(content)
-        data = _payload(content)
+        data = carried(content)
         snapshot = data if config.get("snapshot") is True else None
         payloads = _split(data or b"", config.get("sizes", [])) if snapshot is None else ()
         version = _take(config, "version", int)
@@ -268,7 +267,7 @@ class Reply:
                 metrics[f"{letter}.{name}"] = float(value)
         content = RecordDict({"metrics": metrics})
         if self.payload is not None:
-            content["arrays"] = _arrays(self.payload)
+            carry(content, self.payload)
             metrics["checksum"] = crc32(self.payload)
         return content
 
@@ -286,7 +285,7 @@ class Reply:
         metrics = dict(record)
         if _take(metrics, "lineage", int) != short_lineage(lineage):
             raise MessageError("the client works from another lineage than the server", kind="stale")
-        payload = _payload(content)
+        payload = carried(content)
         if payload is not None and _take(metrics, "checksum", int) != crc32(payload):
             raise MessageError("payload is damaged: its checksum differs", kind="payload")
         groups = _read_groups(metrics)
@@ -310,12 +309,6 @@ class Reply:
 def short_lineage(lineage: bytes) -> int:
     """Seven bytes of a lineage as an integer that fits a metric."""
     return int.from_bytes(lineage[:7], "little")
-
-
-def payload_bytes_of(content: RecordDict) -> int:
-    """Bytes of the packed payload in a message, without looking at it."""
-    record = content.array_records.get("arrays")
-    return sum(max(0, len(array.data) - _NPY_HEADER_BYTES) for array in record.values()) if record else 0
 
 
 def _read_groups(metrics: Mapping[str, object]) -> dict[str, dict[str, float]]:
@@ -347,27 +340,6 @@ def _count(record: Mapping[str, object], key: str) -> int:
 
 def _groups(reply: Reply) -> dict[str, Mapping[str, float]]:
     return {"s": reply.shared, "p": reply.private, "e": reply.ensemble, "t": reply.train, "c": reply.seconds}
-
-
-def _arrays(data: bytes) -> ArrayRecord:
-    return ArrayRecord({"payload": Array(np.frombuffer(data, np.uint8))})
-
-
-def _payload(content: RecordDict) -> bytes | None:
-    record = content.array_records.get("arrays")
-    if record is None:
-        return None
-    if list(record) != ["payload"]:
-        raise MessageError("arrays must hold one array named 'payload'")
-    try:
-        values = record["payload"].numpy()
-    except Exception as error:  # Flower's own reader of untrusted bytes raises many kinds
-        raise MessageError(f"payload can't be read: {error}") from None
-    if not isinstance(values, np.ndarray):  # numpy.load also opens archives
-        raise MessageError(f"payload must be one array, got {type(values).__name__}")
-    if values.dtype != np.uint8 or values.ndim != 1:
-        raise MessageError(f"payload must be one axis of uint8, got {values.dtype} with {values.ndim} axes")
-    return values.tobytes()
 
 
 def _split(data: bytes, sizes: object) -> tuple[bytes, ...]:

@@ -6,11 +6,10 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message
 from transformers import ViTForImageClassification
 
 import client_app
@@ -20,12 +19,12 @@ from fedkd_flwr.core.modules import read_arrays
 from fedkd_flwr.core.snapshot import snapshot_bytes
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.local_grid import LocalGrid
-from fedkd_flwr.flower.records import _arrays
 from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.flower.store import ClientStore
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
 from fedkd_flwr.measure.summary import read_summary
 from tests.conftest import Run, small
+from tests.payloads import change_payload, put_array, remove_payload
 
 STUDENT = Path("student") / "model.safetensors"
 
@@ -181,7 +180,7 @@ def test_a_round_with_too_few_replies_is_skipped_and_recorded(run: Run) -> None:
         (lambda reply: _archive(reply), "must be one array"),
         (lambda reply: _metric(reply, "version", 7), "reply is of round 1, attempt 1, version 7"),
         (lambda reply: reply.content.pop("metrics"), "needs a metric record"),
-        (lambda reply: reply.content.pop("arrays"), "has a payload where"),
+        (lambda reply: remove_payload(reply.content), "has a payload where"),
     ],
 )
 def test_a_bad_reply_costs_that_reply_alone(run: Run, tamper: Callable[[Message], object], reason: str) -> None:
@@ -318,17 +317,14 @@ def test_both_models_together_are_scored_on_the_clients_own_data(run: Run) -> No
 
 
 def _payload(reply: Message, change: Callable[[bytes], bytes]) -> None:
-    data = change(reply.content["arrays"]["payload"].numpy().tobytes())  # type: ignore[index]
-    records: RecordDict = reply.content
-    records["arrays"] = _arrays(data)
-    records["metrics"]["checksum"] = crc32(data)  # type: ignore[index]
+    change_payload(reply.content, change)
 
 
 def _archive(reply: Message) -> None:
     buffer = BytesIO()
     np.savez(buffer, payload=np.zeros(3, np.uint8))
     array = Array(dtype="uint8", shape=(3,), stype="numpy.ndarray", data=buffer.getvalue())
-    reply.content["arrays"] = ArrayRecord({"payload": array})
+    put_array(reply.content, ArrayRecord({"payload": array}))
 
 
 def _metric(reply: Message, key: str, value: float) -> None:

@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from fedkd_flwr.flower.records import HelloReply, Reply
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.measure.ledger import Ledger
 from tests.conftest import small
+from tests.payloads import change_payload, put_array
 
 EACH = 2500
 ODD: tuple[Any, ...] = (0, -1, 1, 2**62, -(2**62), 1e308, -1e308, float("nan"), float("inf"), 1e-320, [1, 2], [0.5], [])
@@ -77,8 +77,7 @@ def server(built: Runtime, tmp_path: Path) -> Iterator[Server]:
 
 def with_payload(honest: Reply, data: bytes) -> RecordDict:
     content = honest.to_records()
-    content["arrays"] = ArrayRecord({"payload": Array(np.frombuffer(data, np.uint8))})
-    content["metrics"]["checksum"] = crc32(data)  # type: ignore[index]
+    change_payload(content, lambda _: data)
     return content
 
 
@@ -110,9 +109,9 @@ def values_changed(honest: Reply, rng: random.Random) -> RecordDict:
         elif action == 4:
             dtype = rng.choice(("uint8", "float32", "object", "<U4", "not a type"))
             array = Array(dtype=dtype, shape=(rng.randrange(5),), stype="numpy.ndarray", data=rng.randbytes(200))
-            content["arrays"] = ArrayRecord({rng.choice(("payload", "other")): array})
+            put_array(content, ArrayRecord({rng.choice(("payload", "other")): array}))
         else:
-            content[rng.choice(("arrays", "metrics", "config"))] = MetricRecord({"num-examples": 3})
+            content[rng.choice(("arrays", "small", "metrics", "config"))] = MetricRecord({"num-examples": 3})
     return content
 
 

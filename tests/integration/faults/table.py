@@ -8,16 +8,17 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Error, Message
 
 from fedkd_flwr.compressors.payload import HEADER_BYTES
+from fedkd_flwr.flower.carriage import carried
 from fedkd_flwr.flower.records import HelloReply, Instruction
 from fedkd_flwr.flower.store import PREVIOUS_FILE, STATE_FILE, ClientStore
 from tests.integration.faults.world import Call, World
+from tests.payloads import change_payload, put_array, remove_payload
 
 Act = Callable[[World, Message, Context, Call], Message]
 
@@ -111,10 +112,7 @@ def payload(change: Callable[[bytes], bytes], *, honest_checksum: bool = False) 
     """Another payload, by a liar who makes the checksum fit, or by an accident that does not."""
 
     def alter(reply: Message) -> None:
-        data = change(reply.content["arrays"]["payload"].numpy().tobytes())  # type: ignore[index]
-        reply.content["arrays"] = ArrayRecord({"payload": Array(np.frombuffer(data, np.uint8))})
-        if not honest_checksum:
-            reply.content["metrics"]["checksum"] = crc32(data)  # type: ignore[index]
+        change_payload(reply.content, change, checksum=not honest_checksum)
 
     return changed(alter)
 
@@ -146,14 +144,14 @@ def archive(reply: Message) -> None:
     buffer = BytesIO()
     np.savez(buffer, payload=np.zeros(3, np.uint8))
     array = Array(dtype="uint8", shape=(3,), stype="numpy.ndarray", data=buffer.getvalue())
-    reply.content["arrays"] = ArrayRecord({"payload": array})
+    put_array(reply.content, ArrayRecord({"payload": array}))
 
 
 def pickled(reply: Message) -> None:
     buffer = BytesIO()
     np.save(buffer, np.array([Bomb()], dtype=object), allow_pickle=True)
     array = Array(dtype="uint8", shape=(1,), stype="numpy.ndarray", data=buffer.getvalue())
-    reply.content["arrays"] = ArrayRecord({"payload": array})
+    put_array(reply.content, ArrayRecord({"payload": array}))
 
 
 class Bomb:
@@ -310,10 +308,8 @@ def stray(world: World, asked: Message, reply: Message) -> Iterable[Message]:
 
 def garbled_downlink(world: World, message: Message, context: Context, work: Call) -> Message:
     content = message.content
-    if "arrays" in content:
-        data = bytearray(content["arrays"]["payload"].numpy().tobytes())  # type: ignore[index]
-        data[-1] ^= 1
-        content["arrays"] = ArrayRecord({"payload": Array(np.frombuffer(bytes(data), np.uint8))})
+    if carried(content) is not None:
+        change_payload(content, lambda data: data[:-1] + bytes([data[-1] ^ 1]), checksum=False)
     return work()
 
 
@@ -487,7 +483,7 @@ FAULTS = [
     Fault("infinite metric", "malformed", metric("s.accuracy", float("inf")), committed=True),
     Fault("unknown metric", "malformed", metric("s.[bold]", 1.0), committed=True),
     Fault("reply without metrics", "malformed", changed(lambda reply: reply.content.pop("metrics")), committed=True),
-    Fault("reply without a payload", "malformed", changed(lambda reply: reply.content.pop("arrays")), committed=True),
+    Fault("reply without a payload", "malformed", changed(lambda reply: remove_payload(reply.content)), committed=True),
     Fault("an archive in place of an array", "malformed", changed(archive), committed=True),
     Fault("a pickle in place of an array", "malformed", changed(pickled), committed=True),
     Fault("reply for an old version", "stale", metric("version", 0), committed=True),

@@ -19,6 +19,7 @@ from fedkd_flwr.core.modules import without_prefix
 from fedkd_flwr.experiment import Experiment, parse
 from fedkd_flwr.flower import reference as reference_module
 from fedkd_flwr.flower import runtime
+from fedkd_flwr.flower.carriage import carried
 from fedkd_flwr.flower.checkpoint import Checkpoint, Checkpoints
 from fedkd_flwr.flower.errors import StateError
 from fedkd_flwr.flower.local_grid import LocalGrid, task_identity
@@ -161,7 +162,7 @@ class World:
         upload = self.memory.pop("upload", None)
         if upload is not None:  # else the reply came from the disk
             self.trained[key, instruction.server_round] = parameters(upload)
-            self.replies[key, instruction.server_round] = reply.content["arrays"]["payload"].numpy().tobytes()  # type: ignore[index]
+            self.replies[key, instruction.server_round] = carried(reply.content) or b""
         return reply
 
     # What is left behind
