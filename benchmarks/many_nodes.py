@@ -11,6 +11,7 @@ one app in one process; their seconds are reported apart. Prints a table and wri
 
 import argparse
 import json
+import os
 import tempfile
 import threading
 import time
@@ -48,6 +49,7 @@ SMALL = (
 )
 POLL_SECONDS = 3.0  # Flower's SuperNode waits so long between looks
 MEGABYTE = 1e6
+IDLE_SECONDS = 15.0
 
 
 class Node(threading.Thread):
@@ -124,6 +126,12 @@ def peak_memory(pid: int) -> float:
     return 0.0
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def serverapp_pid(run_dir: Path) -> int | None:
     """The process that serves the run: it holds the lock of the run's directory."""
     lock = run_dir / "lock"
@@ -166,7 +174,12 @@ def measure(experiment: Experiment) -> dict[str, Any]:
             flower = Commands(home / "user", "bench")
             while flower.num_online() < experiment.num_clients:
                 time.sleep(1)
+            busy, started = cpu_seconds(superlink.process.pid), time.monotonic()
+            time.sleep(IDLE_SECONDS)
+            idle_share = (cpu_seconds(superlink.process.pid) - busy) / (time.monotonic() - started)
+            busy = cpu_seconds(superlink.process.pid)
             flower.run_to_end(flower.submit(ROOT, config), run_dir, None, look)
+            busy = cpu_seconds(superlink.process.pid) - busy
             stop.set()
             for node in nodes:
                 node.join(10)
@@ -180,6 +193,8 @@ def measure(experiment: Experiment) -> dict[str, Any]:
             "round_seconds": mean(rounds[1:]),
             "app_seconds": sum(node.app_seconds for node in nodes) / (experiment.num_rounds + 2),
             "greeting_seconds": times[0],
+            "superlink_idle_share": idle_share,
+            "superlink_cpu_seconds": busy / (experiment.num_rounds + 2),
             "superlink_megabytes": memory["superlink"],
             "serverapp_megabytes": memory["serverapp"],
             "database_bytes": database,
