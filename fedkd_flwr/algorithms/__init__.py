@@ -7,6 +7,7 @@ from fedkd_flwr.algorithms.fedkd import FedKDOptions
 from fedkd_flwr.algorithms.fedkd_paper import FedKDPaperOptions
 from fedkd_flwr.algorithms.fedprox import FedProxOptions
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
+from fedkd_flwr.algorithms.mixfld import Mix2FldOptions, MixFldOptions
 
 ALGORITHMS: dict[str, type[AlgorithmOptions]] = {
     "fd": FdOptions,
@@ -15,6 +16,8 @@ ALGORITHMS: dict[str, type[AlgorithmOptions]] = {
     "fedkd_paper": FedKDPaperOptions,
     "fedprox": FedProxOptions,
     "local_only": LocalOnlyOptions,
+    "mix2fld": Mix2FldOptions,
+    "mixfld": MixFldOptions,
 }
 
 __all__ = ["ALGORITHMS", "Algorithm", "AlgorithmOptions", "Baseline"]

@@ -84,9 +84,9 @@ class LabelOutputsCodec:
         """
         require_finite(update)
         present = update[WEIGHTS] > 0
-        parts = [_varint(int(update[ROUND][0]))] if self._with_round else []
+        parts = [varint(int(update[ROUND][0]))] if self._with_round else []
         parts.append(np.packbits(present, bitorder="little").tobytes())
-        parts += [_varint(int(weight)) for weight in update[WEIGHTS][present]]
+        parts += [varint(int(weight)) for weight in update[WEIGHTS][present]]
         parts.append(update[OUTPUTS][present, :-1].astype(self._dtype).tobytes())
         return b"".join(parts), state
 
@@ -96,7 +96,13 @@ class LabelOutputsCodec:
         Raises:
             ValueError: if the payload is not one of these.
         """
-        reader = _Reader(payload)
+        reader = Reader(payload)
+        found = self.read(reader)
+        reader.end()
+        return found, state
+
+    def read(self, reader: "Reader") -> dict[str, Array]:
+        """What was packed, from where a reader stands; see `decode`."""
         found: dict[str, Array] = {ROUND: np.array([reader.varint()], np.float32)} if self._with_round else {}
         bits = np.frombuffer(reader.take(-(-self._num_labels // 8)), np.uint8)
         present = np.unpackbits(bits, bitorder="little").astype(bool)
@@ -109,14 +115,13 @@ class LabelOutputsCodec:
             raise ValueError("a label that is present must weigh at least 1, got 0")
         num_bytes = int(present.sum()) * (self._num_labels - 1) * self._dtype.itemsize
         numbers = np.frombuffer(reader.take(num_bytes), self._dtype).astype(np.float32)
-        reader.end()
         given = numbers.reshape(-1, self._num_labels - 1)
         sums = given.sum(axis=1)
         if not np.isfinite(given).all() or (given < 0).any() or (sums > 1 + _TOLERANCE).any():
             raise ValueError("outputs must be probabilities: at least 0, together at most 1")
         rows = np.zeros((self._num_labels, self._num_labels), np.float32)
         rows[present, :-1], rows[present, -1] = given, np.maximum(1 - sums, 0)
-        return {OUTPUTS: rows, WEIGHTS: weights} | found, state
+        return {OUTPUTS: rows, WEIGHTS: weights} | found
 
     def as_decoded(self, update: Arrays) -> Arrays:
         """What the other end makes of it."""
@@ -179,7 +184,7 @@ def without(means: Arrays, own: Arrays | None) -> tuple[Array, Array]:
     return np.where(others[:, None], left, 0).astype(np.float32), others
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """Seven bits a byte, the lowest first; the eighth says that more follow."""
     if not 0 <= value < _LARGEST:
         raise ValueError(f"a count must be in [0, {_LARGEST - 1}], got {value}")
@@ -190,19 +195,21 @@ def _varint(value: int) -> bytes:
     return bytes([*found, value])
 
 
-class _Reader:
-    """Takes a payload apart, never beyond its end."""
+class Reader:
+    """Takes a payload apart, never beyond its end: every method raises ValueError where it would."""
 
     def __init__(self, payload: bytes) -> None:
         self._payload, self._at = payload, 0
 
     def take(self, count: int) -> bytes:
+        """The next bytes."""
         if self._at + count > len(self._payload):
             raise ValueError(f"payload ends too early: {len(self._payload)} bytes")
         self._at += count
         return self._payload[self._at - count : self._at]
 
     def varint(self) -> int:
+        """The next count; see `varint`."""
         value = 0
         for place in range(_MOST_VARINT_BYTES):
             [byte] = self.take(1)
@@ -214,5 +221,6 @@ class _Reader:
         raise ValueError("a count has too many bytes")
 
     def end(self) -> None:
+        """Make sure that nothing is left."""
         if self._at != len(self._payload):
             raise ValueError(f"payload has {len(self._payload) - self._at} bytes too many")
