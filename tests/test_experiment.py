@@ -5,6 +5,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fedkd_flwr.algorithms import ALGORITHMS
 from fedkd_flwr.compressors import COMPRESSORS
 from fedkd_flwr.experiment import ConfigError, Experiment, load, parse
 
@@ -24,7 +25,7 @@ algorithm:
 compressor: {name: svd, energy_start: 0.5}
 """
 OUTER_KEYS = "name, seed, num_clients, num_rounds, output_dir, task, algorithm, compressor, server, privacy"
-ALGORITHM_NAMES = "'fedavg', 'fedkd', 'fedkd_paper', 'fedprox', 'local_only'"
+ALGORITHM_NAMES = ", ".join(repr(name) for name in ALGORITHMS)
 COMPRESSOR_NAMES = ", ".join(repr(name) for name in COMPRESSORS)
 FILE_NAME = "1 to 64 letters, digits, dots, dashes or underscores, the first a letter or digit"
 

@@ -148,9 +148,7 @@ def _mixable(task: Task) -> tuple[str, tuple[int, ...]]:
     batch = task.example_batch()
     found = {name: tuple(value.shape[1:]) for name, value in batch.items() if value.is_floating_point()}
     if len(found) != 1:
-        raise ValueError(
-            "task.name: examples that can be mixed are images, whose input is numbers; take such a task, or fd"
-        )
+        raise ValueError("task.name: only images can be mixed, whose input is numbers; take such a task, or fd")
     [(name, shape)] = found.items()
     return name, shape
 
