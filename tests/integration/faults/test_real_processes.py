@@ -1,24 +1,15 @@
 """Faults that only real processes have. Slow."""
 
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import SMALL, Run
 from tests.flower.test_exchange import STUDENT, rows_of
-from tests.integration.federation import BIN, ENVIRONMENT, descendants, federation, fedkd, kill_all
+from tests.integration.federation import BIN, ENVIRONMENT, descendants, federation, fedkd, kill_all, wait_until
 
 pytestmark = pytest.mark.slow
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def rounds_in(out: Path) -> int:
@@ -28,12 +19,12 @@ def rounds_in(out: Path) -> int:
 
 def test_a_supernode_that_is_killed_and_started_again_takes_part_again(tmp_path: Path) -> None:
     with federation(tmp_path, 2) as nodes:
-        victim = nodes.start_node(2)
+        victim = nodes.start_node("site2", {"partition-id": 2})
         options = "server.round_timeout_seconds=40 server.connect_timeout_seconds=120"
         run_id = nodes.submit(f"num_clients=3 num_rounds=8 {options}")
-        wait_until(lambda: rounds_in(tmp_path / "out") >= 2)
-        kill_all([victim.pid, *descendants(victim.pid)])
-        nodes.start_node(2)  # under a new node id, with the same disk
+        wait_until(lambda: rounds_in(tmp_path / "out") >= 2, "round 1")
+        victim.kill()
+        nodes.start_node("site2", {"partition-id": 2})  # under a new node id, with the same disk
         flower = nodes.wait(run_id, 600)
     assert flower["status"] == "finished:completed", flower
     run_dir = nodes.run_dir()
@@ -51,7 +42,7 @@ def test_a_simulation_killed_with_all_its_processes_resumes_to_the_same_student(
     out = tmp_path / "out"
     command = [str(BIN / "fedkd"), "run", str(conf), "--output-dir", str(out), "--set", "num_rounds=8"]
     process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT)
-    wait_until(lambda: rounds_in(out) >= 4)
+    wait_until(lambda: rounds_in(out) >= 4, "round 3")
     kill_all([*descendants(process.pid), process.pid])
     process.wait()
     run_dir = next((out / "small").iterdir())
