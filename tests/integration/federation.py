@@ -55,6 +55,11 @@ class Started:
     def says(self, text: str) -> bool:
         return text in self.log.read_text(errors="replace")
 
+    def at_work(self, server_round: int) -> bool:
+        """Whether it is a SuperNode that has begun with its work of a round, in a process of its own."""
+        begun = self.log.read_text(errors="replace").partition(f"ROUND {server_round}]")[2]
+        return "Start `flwr-clientapp` process" in begun
+
     def kill(self) -> None:
         """End it, and what it has started, without a warning."""
         kill_all([self.pid, *descendants(self.pid)])
@@ -173,6 +178,9 @@ class Federation:
     def rows(self, kind: str) -> list[Row]:
         """Rows that the ledger of the one run has by now."""
         return [row for path in self.directory.glob("out/*/*/ledger.jsonl") for row in rows_of(path.parent, kind)]
+
+    def closed(self, server_round: int) -> bool:
+        return any(row["round"] == server_round for row in self.rows("round"))
 
     def _ask(self, *command: str) -> dict[str, Any]:
         done = subprocess.run(

@@ -17,7 +17,7 @@ import pytest
 from fedkd_flwr.flower.certificates import CA_CERTIFICATE, make_certificates
 from fedkd_flwr.measure.ledger import Row
 from tests.flower.test_exchange import rows_of
-from tests.integration.federation import Federation, Started, descendants, wait_until
+from tests.integration.federation import Federation, Started, wait_until
 from tests.tasks import image_data
 
 pytestmark = pytest.mark.slow
@@ -102,10 +102,10 @@ def run_through_faults(nodes: Federation) -> Aftermath:
     processes = {name: start(nodes, name) for name in (*CLIENTS, BROKEN)}
     run_id = nodes.submit("", EXPERIMENT.replace("SERVER", str(directory / "server")))
 
-    wait_until(lambda: closed(nodes, 1), "round 1")
+    wait_until(lambda: nodes.closed(1), "round 1")
     with at_a_standstill(nodes.state_dir(SLOW)):
         victim = processes[KILLED]
-        wait_until(lambda: asked(nodes, KILLED, 2) and at_work(victim), "work of round 2")
+        wait_until(lambda: victim.at_work(2), "work of round 2")
         victim.kill()
         refusal = start_until_admitted(nodes, KILLED)
         unregistered = start(nodes, UNREGISTERED)
@@ -113,10 +113,10 @@ def run_through_faults(nodes: Federation) -> Aftermath:
         misled = start(nodes, MISLED, authority=directory / "other authority" / CA_CERTIFICATE)
         wait_until(lambda: unregistered.process.poll() is not None, "refusal of an unknown key")
         wait_until(lambda: misled.process.poll() is not None, "refusal of an unknown authority")
-        wait_until(lambda: closed(nodes, 2), "round 2")
+        wait_until(lambda: nodes.closed(2), "round 2")
     shutil.rmtree(nodes.state_dir(WIPED))
 
-    wait_until(lambda: asked(nodes, STEADY, 3) and at_work(processes[STEADY]), "work of round 3")
+    wait_until(lambda: processes[STEADY].at_work(3), "work of round 3")
     statuses = nodes.node_statuses()
     link.kill()
     nodes.start_link()
@@ -158,22 +158,6 @@ def at_a_standstill(state_dir: Path) -> Iterator[None]:
     with next(state_dir.glob("*/*/lock")).open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def closed(nodes: Federation, number: int) -> bool:
-    return any(row["round"] == number for row in nodes.rows("round"))
-
-
-def asked(nodes: Federation, client: str, number: int) -> bool:
-    """Whether a client was sent its work of a round."""
-    rows = [row for row in nodes.rows("message") if row["node"] == client and row["direction"] == "downlink"]
-    return any((row["round"], row["purpose"]) == (number, "train") for row in rows)
-
-
-def at_work(node: Started) -> bool:
-    """Whether a process of the app runs on a node."""
-    files = [Path(f"/proc/{pid}/cmdline") for pid in descendants(node.pid)]
-    return any(b"flwr-clientapp" in file.read_bytes() for file in files if file.exists())
 
 
 def turned_away(node: Started) -> bool:

@@ -21,8 +21,8 @@ def test_a_supernode_that_is_killed_and_started_again_takes_part_again(tmp_path:
     with federation(tmp_path, 2) as nodes:
         victim = nodes.start_node("site2", {"partition-id": 2})
         options = "server.round_timeout_seconds=40 server.connect_timeout_seconds=120"
-        run_id = nodes.submit(f"num_clients=3 num_rounds=8 {options}")
-        wait_until(lambda: rounds_in(tmp_path / "out") >= 2, "round 1")
+        run_id = nodes.submit(f"num_clients=3 num_rounds=6 {options}")
+        wait_until(lambda: victim.at_work(2), "work of round 2")
         victim.kill()
         nodes.start_node("site2", {"partition-id": 2})  # under a new node id, with the same disk
         flower = nodes.wait(run_id, 600)
