@@ -128,15 +128,22 @@ class Reception:
             else:
                 current.reject(asked.client_key, "late", f"its reply to round {asked.server_round} came after it")
         unknown = [node_id for node_id in self._roster.unknown(live) if node_id not in self._mailbox.busy_nodes()]
-        if unknown:
-            ttl = self._options.round_timeout_seconds + TTL_MARGIN_SECONDS
-            messages = [Message(self._hello.to_records(), node_id, HELLO, ttl=ttl) for node_id in unknown]
-            # Who takes longer is heard when it has answered; the others need not wait for it.
-            patience = min(_HELLO_PATIENCE_SECONDS, self._options.connect_timeout_seconds / 4)
-            post = self._mailbox.exchange(grid, messages, {}, _HELLO, current.number, patience)
-            for node_id, message in post.replies:
-                self._admit(node_id, message, live, current)
+        # Who takes longer is heard when it has answered, and so is who could not say before who it is: nobody waits.
+        patience = min(_HELLO_PATIENCE_SECONDS, self._options.connect_timeout_seconds / 4)
+        failed = [node_id for node_id in unknown if self._failed[node_id]]
+        for nodes, seconds in ((failed, 0.0), ([node_id for node_id in unknown if node_id not in failed], patience)):
+            self._ask(grid, nodes, seconds, live, current)
         return live
+
+    def _ask(self, grid: Grid, nodes: list[int], patience: float, live: set[int], current: Round) -> None:
+        """Say hello to nodes and take in those that answer in so many seconds."""
+        if not nodes:
+            return
+        ttl = self._options.round_timeout_seconds + TTL_MARGIN_SECONDS
+        messages = [Message(self._hello.to_records(), node_id, HELLO, ttl=ttl) for node_id in nodes]
+        post = self._mailbox.exchange(grid, messages, {}, _HELLO, current.number, patience)
+        for node_id, message in post.replies:
+            self._admit(node_id, message, live, current)
 
     def _admit(self, node_id: int, message: Message, live: set[int], current: Round) -> None:
         try:
@@ -146,9 +153,8 @@ class Reception:
             self._first_failure = self._first_failure or reason_of(error)
             _log.warning("node %d did not say who it is: %s", node_id, reason_of(error))
             if self._failed[node_id] == 1:  # it is asked again and again
-                self._ledger.write(
-                    "event", round=current.number, client=NOBODY, event=f"not taken in: {reason_of(error)}"
-                )
+                event = f"not taken in (node {node_id}): {reason_of(error)}"
+                self._ledger.write("event", round=current.number, client=NOBODY, event=event)
             return
         del self._failed[node_id]
         key = reply.client_key

@@ -7,6 +7,9 @@ from flwr.app import Message, RecordDict
 from fedkd_flwr.experiment import ConfigError
 from fedkd_flwr.flower.errors import MessageError
 
+# How a SuperNode writes what its app raised; a simulation sends the whole traceback.
+_RAISED = re.compile(r"<class '(?P<name>[^']+)'>:<'(?P<text>.*)'>", re.DOTALL)
+
 
 def content_of(message: Message) -> RecordDict:
     """The message's records.
@@ -16,10 +19,13 @@ def content_of(message: Message) -> RecordDict:
     """
     if message.has_content():
         return message.content
-    lines = [line.strip() for line in (message.error.reason or "").splitlines() if line.strip()]
+    reason = message.error.reason or ""
+    if raised := _RAISED.fullmatch(reason):
+        reason = f"{raised['name']}: {' '.join(raised['text'].split())}"
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
     # A traceback ends with the error's full name; its module says nothing to whoever reads the ledger.
-    reason = re.sub(r"^(\w+\.)+(?=\w+:)", "", lines[-1]) if lines else f"Flower error {message.error.code}"
-    raise MessageError(reason, kind="error")
+    said = re.sub(r"^(\w+\.)+(?=\w+:)", "", lines[-1]) if lines else f"Flower error {message.error.code}"
+    raise MessageError(said, kind="error")
 
 
 def reason_of(error: Exception) -> str:

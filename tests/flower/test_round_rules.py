@@ -13,6 +13,7 @@ from fedkd_flwr.core.snapshot import snapshot_bytes
 from fedkd_flwr.experiment import ConfigError
 from fedkd_flwr.flower.checkpoint import Checkpoints
 from fedkd_flwr.flower.errors import RunError
+from fedkd_flwr.flower.mailbox import Mailbox
 from fedkd_flwr.flower.records import Instruction
 from fedkd_flwr.flower.reference import snapshot_arrays
 from fedkd_flwr.flower.runtime import runtime_of
@@ -275,3 +276,24 @@ def test_a_hello_that_hangs_keeps_nobody_waiting(make: Make) -> None:
         world.run()
     assert time.monotonic() - started < 7
     assert all(row["clients"] == ["00001", "00002", "00003"] for row in world.rows("round")[1:])
+
+
+def test_a_node_that_could_not_say_who_it_is_keeps_nobody_waiting(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(world: World, message: Message, context: Context, work: Call) -> Message:
+        if context.node_config["partition-id"] == 0:
+            raise RuntimeError("no data on this node")
+        return work()
+
+    def noted(mailbox: Mailbox, grid: FaultyGrid, messages: list[Message], *rest: Any) -> Any:
+        waits.extend(rest[-1] for message in messages if message.metadata.dst_node_id == 1000)
+        return exchange(mailbox, grid, messages, *rest)
+
+    waits: list[float] = []
+    exchange = Mailbox.exchange
+    monkeypatch.setattr(Mailbox, "exchange", noted)
+    world = make("server.min_available=3", on_hello=broken).run()
+    assert len(waits) > len(world.rows("round")) and waits[0] > 0 and not any(waits[1:])
+    assert all(row["clients"] == ["00001", "00002", "00003"] for row in world.rows("round")[1:])
+    assert [row["event"] for row in world.rows("event")] == [
+        "not taken in (node 1000): RuntimeError: no data on this node"
+    ]

@@ -1,6 +1,7 @@
 """Nodes that bring data of their own: it takes the place of what the experiment would have divided among them."""
 
 import json
+import re
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
@@ -247,7 +248,7 @@ def test_a_site_that_can_not_be_used_is_refused_and_the_others_train(experiment:
     assert trained == {"site0", "site1"}
     refused = [row["event"] for row in rows if row["kind"] == "event"]
     assert any("'label' has 'violet' in row 2" in event for event in refused)
-    assert all(event.startswith("not taken in: ConfigError: data-path: ") for event in refused)
+    assert all(re.match(r"not taken in \(node \d+\): ConfigError: data-path: ", event) for event in refused)
     # What a client says of itself never names where its data is.
     said = json.dumps([row for row in rows if row["kind"] != "start"])
     assert all(str(tmp_path / site) not in said for site in sites)
