@@ -69,7 +69,7 @@ def message_of(text: str, *overrides: str) -> str:
         ("task.name=mnist", "task.name: must be "),
         (
             "task.partition.name=shards",
-            "task.partition.name: must be one of 'iid', 'dirichlet', 'pathological', 'size', got 'shards'",
+            "task.partition.name: must be one of 'iid', 'dirichlet', 'pathological', 'size', 'rare_labels', got 'shards'",
         ),
         ("server.aggregator.name=median", "server.aggregator.name: must be "),
         ("algorithm.student_optimizer.name=lion", "algorithm.student_optimizer.name: must be 'adam', 'adamw' or 'sgd'"),
@@ -88,7 +88,7 @@ def message_of(text: str, *overrides: str) -> str:
         ("server.round_timeout_seconds=.inf", "server.round_timeout_seconds: must be "),
         (
             "task.partition={alpha: 0.1}",
-            "task.partition.name: must be one of 'iid', 'dirichlet', 'pathological', 'size', got None",
+            "task.partition.name: must be one of 'iid', 'dirichlet', 'pathological', 'size', 'rare_labels', got None",
         ),
         ("name.first=x", "override name.first: 'first' is inside text, not inside a mapping"),
         ("num_rounds.of=3", "override num_rounds.of: 'of' is inside 2, not inside a mapping"),

@@ -83,6 +83,10 @@ class OwnModelClient:
         """The model's version 0."""
         return self._own.initial(data)
 
+    def model(self, private: Arrays, data: ClientData) -> nn.Module:
+        """The client's own model; the module is set anew for the next client."""
+        return self._own.load(private, data)
+
     def evaluate(self, shared: Arrays, private: Arrays, data: ClientData) -> dict[str, Metrics]:
         """Score of the client's own model."""
         return {"private": score_of(self._task, self._own.load(private, data), data.test)}

@@ -48,6 +48,21 @@ class SizePartition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
     growth: Literal["linear", "square", "exponential"] = "linear"
 
 
+class RareLabelsPartition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """Each client lacks nearly all examples of a few labels, drawn for it, as in Jeong et al. 2018 (FD, FAug).
+
+    Attributes:
+        num_rare: labels of a client that are rare.
+        num_kept: examples that it keeps of each of them; the others are left out of the experiment.
+        examples_per_client: a client's examples before that, drawn at random; null: an equal share of all.
+    """
+
+    name: Literal["rare_labels"] = "rare_labels"
+    num_rare: int = Field(3, ge=1)
+    num_kept: int = Field(5, ge=0)
+    examples_per_client: int | None = Field(None, ge=FEWEST_EXAMPLES)
+
+
 class NaturalPartition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Clients as the data has them.
 
@@ -82,17 +97,26 @@ class WholePartition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 Partition = Annotated[
-    IidPartition | DirichletPartition | PathologicalPartition | SizePartition, Field(discriminator="name")
+    IidPartition | DirichletPartition | PathologicalPartition | SizePartition | RareLabelsPartition,
+    Field(discriminator="name"),
 ]
 TablePartition = Annotated[
-    IidPartition | DirichletPartition | PathologicalPartition | SizePartition | NaturalPartition | OwnPartition,
+    IidPartition
+    | DirichletPartition
+    | PathologicalPartition
+    | SizePartition
+    | RareLabelsPartition
+    | NaturalPartition
+    | OwnPartition,
     Field(discriminator="name"),
 ]
 AnyPartition = TablePartition | WholePartition
 
 
 def partition_indices(labels: Sequence[int], partition: Partition, num_clients: int, seed: int) -> list[list[int]]:
-    """Rows of each client: disjoint, together all rows, at least two each, the same for the same seed.
+    """Rows of each client: disjoint, together all rows but those that the partition leaves out, at least two each.
+
+    The same for the same seed.
 
     Args:
         labels: the label of each row.
@@ -132,16 +156,52 @@ def partition_indices(labels: Sequence[int], partition: Partition, num_clients: 
         raise ValueError(refusal) from error
     per_client = len(parts) // num_clients
     clients = [sorted(chain.from_iterable(parts[i : i + per_client])) for i in range(0, len(parts), per_client)]
+    if isinstance(partition, RareLabelsPartition):
+        clients = _with_rare_labels(clients, codes, partition, drawn)
     if min(map(len, clients)) < FEWEST_EXAMPLES:
         raise ValueError(refusal)
     return clients
+
+
+def _with_rare_labels(
+    clients: list[list[int]], codes: Rows, partition: RareLabelsPartition, drawn: np.random.Generator
+) -> list[list[int]]:
+    """Equal shares, cut down to what the partition leaves of them.
+
+    Raises:
+        ValueError: if there are too few labels or examples.
+    """
+    num_labels, wanted = int(codes.max()) + 1, partition.examples_per_client
+    if partition.num_rare >= num_labels:
+        raise ValueError(
+            f"task.partition.num_rare: must be below {num_labels}, the labels of the training data, "
+            f"got {partition.num_rare}"
+        )
+    if wanted is not None and wanted > (most := min(map(len, clients))):
+        raise ValueError(
+            f"task.partition.examples_per_client: {len(clients)} clients can have {most} examples each, got {wanted}"
+        )
+    found = []
+    for rows in clients:
+        order = drawn.permutation(rows)[:wanted]
+        rare = set(drawn.choice(num_labels, partition.num_rare, replace=False).tolist())
+        left = dict.fromkeys(rare, partition.num_kept)
+        kept = []
+        for row in order.tolist():
+            if (label := int(codes[row])) in rare:
+                left[label] -= 1
+                if left[label] < 0:
+                    continue
+            kept.append(row)
+        found.append(sorted(kept))
+    return found
 
 
 def _partitioner(partition: Partition, num_clients: int, num_classes: int, seed: int) -> "Partitioner":
     """What draws: one part for each client, or several for each, which follow one another and are to be joined."""
     from flwr_datasets import partitioner as of_flower
 
-    if isinstance(partition, IidPartition):
+    if isinstance(partition, IidPartition | RareLabelsPartition):
         return of_flower.IidPartitioner(num_partitions=num_clients)
     if isinstance(partition, SizePartition):
         growths = {

@@ -12,6 +12,7 @@ from fedkd_flwr.tasks.partition import (
     NaturalPartition,
     Partition,
     PathologicalPartition,
+    RareLabelsPartition,
     SizePartition,
     client_notes,
     hold_out,
@@ -47,6 +48,33 @@ def skew(labels: list[int], partition: Partition, seed: int) -> float:
         np.bincount(np.array(labels)[rows], minlength=10) for rows in partition_indices(labels, partition, 5, seed)
     ]
     return float(np.mean([np.abs(mix / mix.sum() - everyone).sum() / 2 for mix in mixes]))
+
+
+def test_rare_labels_are_cut_to_what_is_kept_and_no_other_is() -> None:
+    labels = np.arange(4000) % 10
+    partition = RareLabelsPartition(num_rare=3, num_kept=5, examples_per_client=800)
+    clients = partition_indices(labels.tolist(), partition, 5, seed=0)
+    assert len({row for rows in clients for row in rows}) == sum(map(len, clients))
+    which = []
+    for rows in clients:
+        counts = np.bincount(labels[rows], minlength=10)
+        assert sorted(counts)[:3] == [5, 5, 5] and sorted(counts)[3] > 50
+        assert len(rows) < 800 - 3 * 50
+        which.append(tuple(np.flatnonzero(counts == 5)))
+    assert len(set(which)) > 1  # drawn for each client
+    assert clients == partition_indices(labels.tolist(), partition, 5, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("partition", "message"),
+    [
+        (RareLabelsPartition(num_rare=10), "num_rare: must be below 10, the labels of the training data, got 10"),
+        (RareLabelsPartition(examples_per_client=500), "5 clients can have 359 examples each, got 500"),
+    ],
+)
+def test_rare_labels_that_can_not_be_had_are_refused(partition: RareLabelsPartition, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        partition_indices(LABELS, partition, 5, seed=0)
 
 
 @EVERY_KIND
