@@ -18,6 +18,7 @@ from fedkd_flwr.compressors import COMPRESSORS, CompressorOptions
 from fedkd_flwr.core.arrays import Spec
 from fedkd_flwr.core.protocols import Codec, Direction, Task
 from fedkd_flwr.core.seeds import derive_seed
+from fedkd_flwr.measure.link import NetworkOptions
 from fedkd_flwr.privacy import PrivacyOptions
 from fedkd_flwr.server_options import DpFixedClippingAggregation, EarlyStopOptions, FedAvgAggregation, ServerOptions
 from fedkd_flwr.tasks import TASKS, TaskOptions
@@ -67,6 +68,7 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         compressor: what an update weighs on the wire.
         server: sampling, waiting, counting.
         privacy: what a client does to its update before anybody else sees it; null: nothing.
+        network: links over which the ledger's bytes are turned into time; null: they are not. It changes nothing else.
     """
 
     name: str = Field(pattern=NAME_PATTERN)
@@ -79,6 +81,7 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     compressor: AnyCompressor = Field(default_factory=COMPRESSORS["transform_coding"])
     server: ServerOptions = ServerOptions()
     privacy: PrivacyOptions | None = None
+    network: NetworkOptions | None = None
 
     @property
     def num_sampled(self) -> int:

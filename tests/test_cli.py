@@ -42,7 +42,7 @@ def conf(tmp_path: Path) -> str:
         ("num_clients=many", "num_clients: must be a whole number, got 'many'"),
         (
             "algorithm.name=fedsgd",
-            "algorithm.name: must be one of 'fedavg', 'fedkd', 'fedkd_paper', 'fedprox', 'local_only', got",
+            "algorithm.name: must be one of 'fd', 'fedavg', 'fedkd', 'fedkd_paper', 'fedprox', 'local_only', ",
         ),
         ("compressor.energy_start=1.5", "compressor.energy_start: must be less than or equal to 1, got 1.5"),
         ("task.partition.alfa=1", "task.partition.alfa: unknown key; allowed: name"),
@@ -56,7 +56,7 @@ def conf(tmp_path: Path) -> str:
         ("name=2024-13-45", "override name: '2024-13-45' is not a YAML value"),
         (
             "task.partition={alpha: 0.5}",
-            "task.partition.name: must be one of 'iid', 'dirichlet', 'pathological', 'size', got None",
+            "task.partition.name: must be one of 'iid', 'dirichlet', 'pathological', 'size', 'rare_labels', got None",
         ),
         (
             "algorithm.student_optimizer.learning_rate=.inf",

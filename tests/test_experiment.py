@@ -24,8 +24,9 @@ algorithm:
   local: {num_epochs: 3, batch_size: 8}
 compressor: {name: svd, energy_start: 0.5}
 """
-OUTER_KEYS = "name, seed, num_clients, num_rounds, output_dir, task, algorithm, compressor, server, privacy"
+OUTER_KEYS = "name, seed, num_clients, num_rounds, output_dir, task, algorithm, compressor, server, privacy, network"
 ALGORITHM_NAMES = ", ".join(repr(name) for name in ALGORITHMS)
+PARTITIONS = "'iid', 'dirichlet', 'pathological', 'size', 'rare_labels'"
 COMPRESSOR_NAMES = ", ".join(repr(name) for name in COMPRESSORS)
 FILE_NAME = "1 to 64 letters, digits, dots, dashes or underscores, the first a letter or digit"
 
@@ -69,7 +70,7 @@ def message_of(text: str, *overrides: str) -> str:
         ("task.name=mnist", "task.name: must be "),
         (
             "task.partition.name=shards",
-            "task.partition.name: must be one of 'iid', 'dirichlet', 'pathological', 'size', 'rare_labels', got 'shards'",
+            f"task.partition.name: must be one of {PARTITIONS}, got 'shards'",
         ),
         ("server.aggregator.name=median", "server.aggregator.name: must be "),
         ("algorithm.student_optimizer.name=lion", "algorithm.student_optimizer.name: must be 'adam', 'adamw' or 'sgd'"),
@@ -88,7 +89,7 @@ def message_of(text: str, *overrides: str) -> str:
         ("server.round_timeout_seconds=.inf", "server.round_timeout_seconds: must be "),
         (
             "task.partition={alpha: 0.1}",
-            "task.partition.name: must be one of 'iid', 'dirichlet', 'pathological', 'size', 'rare_labels', got None",
+            f"task.partition.name: must be one of {PARTITIONS}, got None",
         ),
         ("name.first=x", "override name.first: 'first' is inside text, not inside a mapping"),
         ("num_rounds.of=3", "override num_rounds.of: 'of' is inside 2, not inside a mapping"),

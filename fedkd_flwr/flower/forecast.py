@@ -25,6 +25,7 @@ from fedkd_flwr.flower.round import Round
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.traffic import traffic_of
 from fedkd_flwr.flower.validation import NormBound
+from fedkd_flwr.measure.link import NetworkOptions
 from fedkd_flwr.measure.privacy_account import PrivacyAccount
 from fedkd_flwr.privacy import privatised
 from fedkd_flwr.server_options import AdaptiveAggregation
@@ -51,6 +52,7 @@ class Forecast:
         num_rounds: of the run.
         fraction: of the clients that trains in a round.
         privacy: what a client will have disclosed at the end, as in the ledger; None where updates have no noise.
+        network: links that the experiment names.
     """
 
     uplink_bytes: int
@@ -64,6 +66,7 @@ class Forecast:
     num_rounds: int
     fraction: float
     privacy: Mapping[str, Any] | None = None
+    network: NetworkOptions | None = None
 
     def describe(self) -> str:
         """One line for a person."""
@@ -74,6 +77,12 @@ class Forecast:
             f"in {self.num_rounds} rounds of {self.num_clients} clients; measured on first updates of "
             f"{self.num_tried} clients"
         )
+        if self.network is not None:
+            seconds = self.network.seconds(self.uplink_bytes, "uplink")
+            seconds += self.network.seconds(self.downlink_bytes, "downlink")
+            text += f"; {seconds:.2g} s of transfer in each round over {self.network.describe()}"
+            if self.network.round_deadline_s is not None and seconds > self.network.round_deadline_s:
+                text += f", which is beyond network.round_deadline_s, {self.network.round_deadline_s:g}"
         if self.fraction < 1:
             text += "; a client that sat out some rounds is sent what it missed besides"
         if self.broadcast_share is not None and self.broadcast_share > _DENSE_SHARE:
@@ -119,6 +128,7 @@ def forecast(experiment: Experiment) -> Forecast:
         num_rounds=experiment.num_rounds,
         fraction=experiment.num_sampled / experiment.num_clients,
         privacy=_privacy(experiment),
+        network=experiment.network,
     )
 
 

@@ -26,6 +26,7 @@ LOCK_FILE = "lock"
 # What may differ in a resumed run: where results go, how long to wait, when to end, how much to keep.
 _FREE_TO_CHANGE = {
     "output_dir",
+    "network",
     "server.round_timeout_seconds",
     "server.connect_timeout_seconds",
     "server.min_available",
@@ -178,4 +179,5 @@ def _write_start(ledger: Ledger, runtime: Runtime, training_id: str) -> None:
         environment=environment(),
         notes=[*runtime.task.data_report().notes, *algorithm.notes],
         **({"privacy": facts} if (facts := experiment.noise_facts) else {}),
+        **({"network": experiment.network.model_dump(mode="json")} if experiment.network else {}),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedkd_flwr.core.arrays import FLOAT_BYTES
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
+from fedkd_flwr.measure.link import NetworkOptions, Transfer
 from fedkd_flwr.measure.metrics import SCOPES
 
 SUMMARY_FILE = "summary.json"
@@ -42,12 +43,16 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     rejected: dict[str, int] = {}
     stopped_early = ""
     privacy: Row | None = None
+    transfer: Transfer | None = None
     for row in without_repeats(rows):
         if row["kind"] == "start":
             start = row
+            transfer = Transfer(NetworkOptions(**network)) if (network := row.get("network")) else None
         elif row["kind"] == "message":
             wire[row["direction"]] += row["wire_bytes"]
             num_trainings += row["purpose"] == "train" and row["direction"] == "downlink"
+            if transfer is not None:
+                transfer.take(row)
         elif row["kind"] in ("round", "final"):
             metrics |= {scope: row["metrics"][scope] for scope in SCOPES if row["metrics"].get(scope)}
             spread |= {scope: values for scope, values in row.get("spread", {}).items() if values}
@@ -74,6 +79,16 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
         "rejected": dict(sorted(rejected.items())),
         "stopped_early": stopped_early or None,
         **({"privacy": privacy} if privacy else {}),
+        **({"transfer": _transfer(transfer)} if transfer else {}),
+    }
+
+
+def _transfer(transfer: Transfer) -> dict[str, Any]:
+    return {
+        "link": transfer.link.describe(),
+        "seconds": round(transfer.seconds, 3),
+        "seconds_by_round": {str(number): round(seconds, 3) for number, seconds in transfer.by_round.items()},
+        "num_late": transfer.num_late,
     }
 
 

@@ -83,6 +83,8 @@ def _headline(run: RunResult, account: Account) -> str:
         ("fewer bytes than dense FedAvg of the teacher", NONE if reduction is None else f"{100 * reduction:.1f} %"),
         ("duration", _duration(summary["seconds"]["wall"])),
     ]
+    if transfer := summary.get("transfer"):
+        tiles.append((f"of transfer, {as_text(transfer['link'])}", _duration(transfer["seconds"])))
     parts = [
         f"<header><h1>{said['experiment']} "
         f'<span class="status {said["status"]}">{as_text(status)}</span></h1>'

@@ -93,6 +93,8 @@ def _text(config: Mapping[str, Any], summary: Mapping[str, Any], loads: tuple[st
         f"| compressor | {_named(config['compressor'])} |",
         f"| bytes for each client | {counted['per_client'] / MEGABYTE:.3f} MB, up and down |",
     ]
+    if transfer := summary.get("transfer"):
+        lines.append(f"| transfer over {transfer['link']} | {transfer['seconds']:.1f} s |")
     if reduction is not None:
         lines.append(f"| beside dense FedAvg of the teacher | {100 * reduction:.2f} % fewer bytes |")
     lines += [f"| {name} | {value} |" for name, value in privacy_rows(summary.get("privacy"))]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
+from fedkd_flwr.measure.link import USUAL, NetworkOptions, Transfer
 from fedkd_flwr.measure.metrics import last_mean
 from fedkd_flwr.measure.summary import summarise, without_repeats
 from fedkd_flwr.report.figures import Curve
@@ -49,18 +50,26 @@ class RunResult:
         scores = [r["metrics"]["shared_global"] for r in self.rows if r["kind"] == "round" and r["round"] > 0]
         return last_mean([s[self.metric] for s in scores if s and s.get(self.metric) is not None], AVERAGED_ROUNDS)
 
-    def curve(self) -> Curve:
-        """Score by round, and against the bytes spent until then."""
+    @property
+    def network(self) -> NetworkOptions | None:
+        """The links that the experiment names."""
+        start: Row = next((row for row in self.rows if row["kind"] == "start"), {})
+        return NetworkOptions(**start["network"]) if start.get("network") else None
+
+    def curve(self, link: NetworkOptions = USUAL) -> Curve:
+        """Score by round, against the bytes spent until then, and against what these take over a link."""
         scope = "shared_global" if self.summary["metrics"]["shared_global"] else "private_local"
-        moved = 0
-        curve = Curve(self.label + ("" if scope == "shared_global" else ", own data"), [], [], [])
+        moved, transfer = 0, Transfer(link)
+        curve = Curve(self.label + ("" if scope == "shared_global" else ", own data"), [], [], [], [])
         for row in self.rows:
             if row["kind"] == "message":
                 moved += row["wire_bytes"]
+                transfer.take(row)
             elif row["kind"] == "round" and (scores := row["metrics"][scope]) and scores.get(self.metric) is not None:
                 # Local scores are of the version that the round began with.
                 curve.rounds.append(row["round"] if scope == "shared_global" else row["round"] - 1)
                 curve.megabytes.append(moved / MEGABYTE / self.summary["num_clients"])
+                curve.seconds.append(transfer.seconds)
                 curve.scores.append(scores[self.metric])
         return curve
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedkd_flwr.measure.ledger import LEDGER_FILE
+from fedkd_flwr.measure.link import USUAL
 from fedkd_flwr.report.figures import draw_curves
 from fedkd_flwr.report.html_page import PAGE_FILE, html_page
 from fedkd_flwr.report.runs import read_run
@@ -31,7 +32,8 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> tup
     target = output or directories[0]
     target.mkdir(parents=True, exist_ok=True)
     figure, table = target / CURVES_FILE, target / TABLE_FILE
-    draw_curves([run.curve() for run in runs], runs[0].metric, figure)
+    link = runs[0].network or USUAL
+    draw_curves([run.curve(link) for run in runs], runs[0].metric, link.describe(), figure)
     text = markdown_table([run.table_row() for run in runs]) + "".join(f"\n* {line}" for line in verdict(runs))
     table.write_text(text.rstrip() + "\n", encoding="utf-8")
     if output is None or len(runs) == 1:  # of several runs elsewhere, each has its page already

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field
 
+from fedkd_flwr.tasks.rare_labels import RareLabelsPartition, with_rare_labels
+
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
@@ -46,21 +48,6 @@ class SizePartition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: Literal["size"] = "size"
     growth: Literal["linear", "square", "exponential"] = "linear"
-
-
-class RareLabelsPartition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """Each client lacks nearly all examples of a few labels, drawn for it, as in Jeong et al. 2018 (FD, FAug).
-
-    Attributes:
-        num_rare: labels of a client that are rare.
-        num_kept: examples that it keeps of each of them; the others are left out of the experiment.
-        examples_per_client: a client's examples before that, drawn at random; null: an equal share of all.
-    """
-
-    name: Literal["rare_labels"] = "rare_labels"
-    num_rare: int = Field(3, ge=1)
-    num_kept: int = Field(5, ge=0)
-    examples_per_client: int | None = Field(None, ge=FEWEST_EXAMPLES)
 
 
 class NaturalPartition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -157,44 +144,10 @@ def partition_indices(labels: Sequence[int], partition: Partition, num_clients: 
     per_client = len(parts) // num_clients
     clients = [sorted(chain.from_iterable(parts[i : i + per_client])) for i in range(0, len(parts), per_client)]
     if isinstance(partition, RareLabelsPartition):
-        clients = _with_rare_labels(clients, codes, partition, drawn)
+        clients = with_rare_labels(clients, codes, partition, drawn)
     if min(map(len, clients)) < FEWEST_EXAMPLES:
         raise ValueError(refusal)
     return clients
-
-
-def _with_rare_labels(
-    clients: list[list[int]], codes: Rows, partition: RareLabelsPartition, drawn: np.random.Generator
-) -> list[list[int]]:
-    """Equal shares, cut down to what the partition leaves of them.
-
-    Raises:
-        ValueError: if there are too few labels or examples.
-    """
-    num_labels, wanted = int(codes.max()) + 1, partition.examples_per_client
-    if partition.num_rare >= num_labels:
-        raise ValueError(
-            f"task.partition.num_rare: must be below {num_labels}, the labels of the training data, "
-            f"got {partition.num_rare}"
-        )
-    if wanted is not None and wanted > (most := min(map(len, clients))):
-        raise ValueError(
-            f"task.partition.examples_per_client: {len(clients)} clients can have {most} examples each, got {wanted}"
-        )
-    found = []
-    for rows in clients:
-        order = drawn.permutation(rows)[:wanted]
-        rare = set(drawn.choice(num_labels, partition.num_rare, replace=False).tolist())
-        left = dict.fromkeys(rare, partition.num_kept)
-        kept = []
-        for row in order.tolist():
-            if (label := int(codes[row])) in rare:
-                left[label] -= 1
-                if left[label] < 0:
-                    continue
-            kept.append(row)
-        found.append(sorted(kept))
-    return found
 
 
 def _partitioner(partition: Partition, num_clients: int, num_classes: int, seed: int) -> "Partitioner":

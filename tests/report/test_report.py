@@ -58,9 +58,9 @@ def test_notes_on_the_data_stand_in_the_first_row_and_in_flowers_log(
 
 
 def test_the_same_curves_give_the_same_picture(tmp_path: Path) -> None:
-    curves = [Curve("a", [0, 1, 2], [0.1, 1.0, 2.0], [0.1, 0.5, 0.9])]
+    curves = [Curve("a", [0, 1, 2], [0.1, 1.0, 2.0], [1.0, 8.0, 16.0], [0.1, 0.5, 0.9])]
     for name in ("one.png", "two.png"):
-        draw_curves(curves, "accuracy", tmp_path / name)
+        draw_curves(curves, "accuracy", "a link", tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 

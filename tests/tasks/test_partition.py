@@ -12,7 +12,6 @@ from fedkd_flwr.tasks.partition import (
     NaturalPartition,
     Partition,
     PathologicalPartition,
-    RareLabelsPartition,
     SizePartition,
     client_notes,
     hold_out,
@@ -22,6 +21,7 @@ from fedkd_flwr.tasks.partition import (
     partition_indices,
     require_client,
 )
+from fedkd_flwr.tasks.rare_labels import RareLabelsPartition
 
 LABELS: list[int] = load_digits().target.tolist()
 EVERY_KIND = pytest.mark.parametrize(

@@ -1,0 +1,103 @@
+"""What a ledger's bytes take in time over links of a given speed: a model, not a measurement.
+
+Every client has a link of its own, slower up than down as a rule. Clients move their messages at the same time, so a
+round takes as long as the client with the most to move; training and waiting are not counted.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+BITS = 8
+MEGABIT = 1e6
+_UNKNOWN = "-"  # a node that has not said who it is
+
+
+class NetworkOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+    """The link of every client.
+
+    Attributes:
+        uplink_mbps: from the client, in 10^6 bits a second.
+        downlink_mbps: to it.
+        latency_ms: that every message takes besides.
+        round_deadline_s: counts the clients whose messages of a round would take longer than this. Nothing is dropped:
+            what a run does not wait for is `server.round_timeout_seconds`.
+    """
+
+    uplink_mbps: float = Field(gt=0)
+    downlink_mbps: float = Field(gt=0)
+    latency_ms: float = Field(0.0, ge=0)
+    round_deadline_s: float | None = Field(None, gt=0)
+
+    def seconds(self, num_bytes: int, direction: str) -> float:
+        """How long one message is on its way.
+
+        Args:
+            num_bytes: of the message, framing included.
+            direction: "uplink" or "downlink".
+        """
+        speed = self.uplink_mbps if direction == "uplink" else self.downlink_mbps
+        return self.latency_ms / 1e3 + BITS * num_bytes / (MEGABIT * speed)
+
+    def describe(self) -> str:
+        """In a few words."""
+        latency = f", {self.latency_ms:g} ms a message" if self.latency_ms else ""
+        return f"{self.uplink_mbps:g} Mbit/s up, {self.downlink_mbps:g} down{latency}"
+
+
+# Where an experiment names no network: the link that figures of different methods are drawn for.
+USUAL = NetworkOptions(uplink_mbps=1.0, downlink_mbps=10.0)
+
+
+@dataclass
+class Transfer:
+    """Time that messages take, round by round.
+
+    Args:
+        link: of every client.
+    """
+
+    link: NetworkOptions
+    _by_node: dict[int, dict[str, float]] = field(default_factory=dict)
+    _num_unknown: int = 0
+
+    def take(self, row: Mapping[str, Any]) -> None:
+        """Add a row of the ledger; only messages count."""
+        if row["kind"] != "message":
+            return
+        node = row["node"]
+        if node == _UNKNOWN:  # each of them is another client, as far as anybody knows
+            self._num_unknown += 1
+            node = f"{_UNKNOWN}{self._num_unknown}"
+        nodes = self._by_node.setdefault(row["round"], {})
+        num_bytes = row["wire_bytes"] + row.get("framing_bytes", 0)
+        nodes[node] = nodes.get(node, 0.0) + self.link.seconds(num_bytes, row["direction"])
+
+    @property
+    def by_round(self) -> dict[int, float]:
+        """Seconds of each round: those of its slowest client."""
+        return {number: max(nodes.values()) for number, nodes in sorted(self._by_node.items())}
+
+    @property
+    def seconds(self) -> float:
+        """Of all rounds so far, one after the other."""
+        return sum(self.by_round.values())
+
+    @property
+    def num_late(self) -> int:
+        """How often a client's messages of a round would have taken longer than the deadline."""
+        if self.link.round_deadline_s is None:
+            return 0
+        return sum(
+            seconds > self.link.round_deadline_s for nodes in self._by_node.values() for seconds in nodes.values()
+        )
+
+
+def transfer_of(rows: Iterable[Mapping[str, Any]], link: NetworkOptions) -> Transfer:
+    """The transfer of all rows."""
+    transfer = Transfer(link)
+    for row in rows:
+        transfer.take(row)
+    return transfer

@@ -1,0 +1,94 @@
+"""Bytes into time: by hand, and whatever the speeds."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedkd_flwr.experiment import ConfigError
+from fedkd_flwr.measure.ledger import LEDGER_FILE, read_rows
+from fedkd_flwr.measure.link import NetworkOptions, transfer_of
+from fedkd_flwr.report import read_run
+from tests.conftest import Run, small
+
+SLOW_UP = NetworkOptions(uplink_mbps=1.0, downlink_mbps=10.0, latency_ms=50.0)
+
+
+def message(number: int, node: str, direction: str, wire: int, framing: int = 0) -> dict[str, Any]:
+    return {
+        "kind": "message",
+        "round": number,
+        "node": node,
+        "direction": direction,
+        "wire_bytes": wire,
+        "framing_bytes": framing,
+    }
+
+
+ROWS = [
+    message(0, "-", "downlink", 500),
+    message(0, "-", "downlink", 500),
+    message(1, "a", "downlink", 1_250_000),
+    message(1, "a", "uplink", 100_000, framing=25_000),
+    message(1, "b", "downlink", 1_250_000),  # and no answer
+    {"kind": "round", "round": 1},
+    message(2, "b", "downlink", 0),
+    message(2, "b", "uplink", 250_000),
+]
+MESSAGES = st.lists(
+    st.tuples(
+        st.integers(0, 3), st.sampled_from("ab-"), st.sampled_from(["uplink", "downlink"]), st.integers(0, 10**7)
+    ),
+    max_size=12,
+)
+
+
+def test_a_round_takes_as_long_as_its_slowest_client_by_hand() -> None:
+    # Round 1: a has 1 s down and 1 s up and two latencies; b has the download alone. Greetings are of two clients.
+    found = transfer_of(ROWS, SLOW_UP)
+    assert found.by_round == {0: pytest.approx(0.0504), 1: pytest.approx(2.1), 2: pytest.approx(2.1)}
+    assert found.seconds == pytest.approx(4.2504)
+
+
+@pytest.mark.parametrize(("deadline", "late"), [(2.05, 2), (1.0, 3), (3.0, 0), (None, 0)])
+def test_clients_beyond_the_deadline_are_counted(deadline: float | None, late: int) -> None:
+    assert transfer_of(ROWS, SLOW_UP.model_copy(update={"round_deadline_s": deadline})).num_late == late
+
+
+@given(MESSAGES, st.floats(0.1, 1000), st.floats(0.1, 1000))
+def test_a_faster_link_is_never_slower(drawn: list[tuple[int, str, str, int]], up: float, down: float) -> None:
+    rows = [message(*each) for each in drawn]
+    slow = transfer_of(rows, NetworkOptions(uplink_mbps=up, downlink_mbps=down)).seconds
+    fast = transfer_of(rows, NetworkOptions(uplink_mbps=2 * up, downlink_mbps=3 * down)).seconds
+    half = transfer_of(rows, NetworkOptions(uplink_mbps=up / 2, downlink_mbps=down / 2)).seconds
+    assert fast <= slow
+    assert half == pytest.approx(2 * slow)
+
+
+def test_a_run_says_what_its_bytes_take_and_is_otherwise_as_without(run: Run) -> None:
+    with_link, without = (
+        run("network={uplink_mbps: 0.1, downlink_mbps: 1, latency_ms: 20}", "num_rounds=2"),
+        run("num_rounds=2"),
+    )
+    summaries = [json.loads((run_dir / "summary.json").read_text()) for run_dir in (with_link, without)]
+    assert "transfer" not in summaries[1]
+    assert summaries[0]["metrics"] == summaries[1]["metrics"] and summaries[0]["bytes"] == summaries[1]["bytes"]
+    transfer = summaries[0]["transfer"]
+    link = NetworkOptions(uplink_mbps=0.1, downlink_mbps=1, latency_ms=20)
+    expected = transfer_of(read_rows(with_link / LEDGER_FILE), link)
+    assert transfer["seconds"] == pytest.approx(expected.seconds, abs=1e-3) and transfer["seconds"] > 1
+    assert list(transfer["seconds_by_round"]) == ["0", "1", "2", "3"]
+    assert read_run(with_link).network == link and read_run(without).network is None
+
+
+def test_curves_have_seconds_that_grow_with_the_bytes(run: Run) -> None:
+    curve = read_run(run("num_rounds=2")).curve()
+    assert len(curve.seconds) == len(curve.scores) == 3
+    assert curve.seconds == sorted(curve.seconds) and curve.seconds[-1] > curve.seconds[0] > 0
+
+
+def test_a_link_without_speed_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"network\.uplink_mbps: must be greater than 0, got 0"):
+        small("network={uplink_mbps: 0, downlink_mbps: 1}")
