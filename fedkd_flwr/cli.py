@@ -210,12 +210,12 @@ def check(conf: Config, overrides: Overrides = None, output_dir: Output = None) 
         expected = forecast(experiment)
     except ValueError as error:
         raise ConfigError(f"a client's first round failed: {error}") from error
-    data = runtime_of(experiment).task.data_report()
+    runtime = runtime_of(experiment)
     figure.parent.mkdir(parents=True, exist_ok=True)
-    draw_partition(data, figure)
+    draw_partition(runtime.task.data_report(), figure)
     out.print(f"{conf}: valid; {expected.describe()}", highlight=False, soft_wrap=True)
     noise = [describe_privacy(expected.privacy)] if expected.privacy else []
-    for line in (*noise, *(f"note: {note}" for note in data.notes), f"partition: {figure}"):
+    for line in (*noise, *(f"note: {note}" for note in runtime.notes), f"partition: {figure}"):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -325,7 +325,7 @@ def _prepared(experiment: Experiment, output_dir: Path | None, noted: set[str]) 
     run_dir = _root(experiment, output_dir) / experiment.name / _run_name()
     check_accounting(experiment)
     # Built here first, so that data or models that don't fit are found before anything is started or written.
-    for note in runtime_of(experiment).task.data_report().notes:
+    for note in runtime_of(experiment).notes:
         if note not in noted:
             err.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
             noted.add(note)

@@ -35,6 +35,11 @@ class Runtime:
     initial: Arrays
     lineage: bytes
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One line each: what was left out of the data, what leaves a client beyond what the algorithm is named for."""
+        return (*self.task.data_report().notes, *self.algorithm.notes)
+
 
 def runtime_of(experiment: Experiment, data_path: Path | None = None) -> Runtime:
     """Build the experiment, or give the one that this process has built already.

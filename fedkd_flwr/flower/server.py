@@ -177,7 +177,7 @@ def _write_start(ledger: Ledger, runtime: Runtime, training_id: str) -> None:
         num_exchanged_elements=num_elements(runtime.wires.uplink.spec) if runtime.wires else 0,
         initial_digest=runtime.lineage.hex(),
         environment=environment(),
-        notes=[*runtime.task.data_report().notes, *algorithm.notes],
+        notes=list(runtime.notes),
         **({"privacy": facts} if (facts := experiment.noise_facts) else {}),
         **({"network": experiment.network.model_dump(mode="json")} if experiment.network else {}),
     )
