@@ -8,6 +8,7 @@ from fedkd_flwr.algorithms.fedkd_paper import FedKDPaperOptions
 from fedkd_flwr.algorithms.fedprox import FedProxOptions
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
 from fedkd_flwr.algorithms.mixfld import Mix2FldOptions, MixFldOptions
+from fedkd_flwr.algorithms.lora_avg import LoraAvgOptions
 
 ALGORITHMS: dict[str, type[AlgorithmOptions]] = {
     "fd": FdOptions,
@@ -18,6 +19,7 @@ ALGORITHMS: dict[str, type[AlgorithmOptions]] = {
     "local_only": LocalOnlyOptions,
     "mix2fld": Mix2FldOptions,
     "mixfld": MixFldOptions,
+    "lora_avg": LoraAvgOptions,
 }
 
 __all__ = ["ALGORITHMS", "Algorithm", "AlgorithmOptions", "Baseline"]

@@ -85,7 +85,7 @@ class Exchange(Strategy):
         self.reference = Reference(
             runtime.algorithm.shared, wires.downlink if wires else None, runtime.initial, runtime.lineage
         )
-        hello = Hello(training_id, runtime.lineage)
+        hello = Hello(training_id, runtime.lineage, runtime.algorithm.foundations)
         reset = self._merger.reset if self._merger else None
         self._reception = Reception(options, hello, self._roster, self._mailbox, self.reference, reset, ledger)
         self._round = self._new_round(0)
