@@ -9,6 +9,7 @@ from fedkd_flwr.algorithms.fedprox import FedProxOptions
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
 from fedkd_flwr.algorithms.mixfld import Mix2FldOptions, MixFldOptions
 from fedkd_flwr.algorithms.lora_avg import LoraAvgOptions
+from fedkd_flwr.algorithms.lora_kd import LoraKDOptions
 
 ALGORITHMS: dict[str, type[AlgorithmOptions]] = {
     "fd": FdOptions,
@@ -20,6 +21,7 @@ ALGORITHMS: dict[str, type[AlgorithmOptions]] = {
     "mix2fld": Mix2FldOptions,
     "mixfld": MixFldOptions,
     "lora_avg": LoraAvgOptions,
+    "lora_kd": LoraKDOptions,
 }
 
 __all__ = ["ALGORITHMS", "Algorithm", "AlgorithmOptions", "Baseline"]

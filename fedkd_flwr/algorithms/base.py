@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 from torch import nn
@@ -124,6 +124,23 @@ class ServerHalf(Protocol):
         """Write the shared model where there is one; say whether there is."""
 
 
+@runtime_checkable
+class LearningServer(Protocol):
+    """A server half with a model of its own, which no client is sent. It survives the server as its state does."""
+
+    def begin(self) -> None:
+        """A run begins: forget those before."""
+
+    def learn(self, shared: Arrays, assignment: Assignment) -> None:
+        """Take in a new version."""
+
+    def state(self) -> Arrays:
+        """For a checkpoint."""
+
+    def restore(self, state: Arrays) -> None:
+        """Go on from a checkpoint."""
+
+
 class Aggregator(Protocol):
     """Turns the uploads of one round into one."""
 
@@ -167,8 +184,8 @@ class Algorithm:
         make_aggregator: how uploads become one where a mean of them, or a robust rule, means nothing; None where the
             user's choice does it.
         notes: one line each: what leaves a client beyond what its name says.
-        foundations: digests, by name, of what nodes must have alike and are never sent, such as a frozen backbone. A
-            node with another one is not taken in.
+        foundations: gives digests, by name, of what nodes must have alike and are never sent, such as a frozen
+            backbone. A node with another one is not taken in.
     """
 
     exchanges: Exchanges
@@ -179,7 +196,7 @@ class Algorithm:
     num_student_parameters: int
     make_aggregator: Callable[[], Aggregator] | None = None
     notes: tuple[str, ...] = ()
-    foundations: Mapping[str, bytes] = field(default_factory=dict)
+    foundations: Callable[[], Mapping[str, bytes]] = dict
 
 
 class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):

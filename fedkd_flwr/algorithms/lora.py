@@ -6,6 +6,7 @@ W only (alpha / rank) B A is trained, beside the model's head. The layers themse
 
 import copy
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +17,15 @@ from torch import nn
 from fedkd_flwr.algorithms.base import SharedModel
 from fedkd_flwr.core.arrays import Arrays, digest
 from fedkd_flwr.core.modules import read_arrays
-from fedkd_flwr.core.protocols import Task
+from fedkd_flwr.core.protocols import ClientData, Task
+from fedkd_flwr.core.seeds import derive_seed
 
 # What attention calls its query and value projections in the models of Hugging Face.
 _QUERY_AND_VALUE = {"query", "value", "q_proj", "v_proj", "q_lin", "v_lin"}
 _NAMED_MODULES = 8  # in a message about more
 _KEY = "algorithm.lora"
 
+Ranks = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
 
 
@@ -112,6 +115,11 @@ def backbone_digest(module: nn.Module) -> bytes:
     return digest({name: value for name, value in read_arrays(module).items() if name not in moving})
 
 
+def foundations(module: nn.Module) -> dict[str, bytes]:
+    """What every node must have alike: the backbone; see `Algorithm.foundations`."""
+    return {"frozen backbone": backbone_digest(module)}
+
+
 class SharedAdapters(SharedModel):
     """Adapters and head that server and clients hold together; the backbone below them is a foundation."""
 
@@ -122,6 +130,53 @@ class SharedAdapters(SharedModel):
         """Write the model with its adapters added to their layers."""
         self.load(shared)
         self._task.export(plain(self.module), directory)
+
+
+class AdaptedModels:
+    """Adapted models of clients that may have other backbones and other ranks: one module for each pair of them.
+
+    The modules are scratch space for whichever client is at work; their backbones are the very tensors of the models
+    that they were made from.
+
+    Args:
+        backbones: by `ClientData.teacher`; one alone is everybody's.
+        options: of the adapters.
+        ranks: dealt in turn by `ClientData.client`; None gives everybody that of the options.
+        seed: of version 0.
+    """
+
+    def __init__(self, backbones: Sequence[nn.Module], options: LoraOptions, ranks: Ranks, seed: int) -> None:
+        self._num_backbones = len(backbones)
+        self._ranks = ranks or (options.rank,)
+        self._modules = {
+            (index, rank): adapted(
+                backbone, options.model_copy(update={"rank": rank}), derive_seed(seed, "backbone", index, rank)
+            )
+            for index, backbone in enumerate(backbones)
+            for rank in sorted(set(self._ranks))
+        }
+        self._initial = {key: read_arrays(module, frozen=False) for key, module in self._modules.items()}
+
+    @property
+    def first(self) -> nn.Module:
+        """The only one, where there is one backbone and one rank."""
+        return next(iter(self._modules.values()))
+
+    def all(self) -> Sequence[nn.Module]:
+        """Every module."""
+        return list(self._modules.values())
+
+    def of(self, data: ClientData) -> nn.Module:
+        """A client's module."""
+        return self._modules[self._key(data)]
+
+    def initial(self, data: ClientData) -> Arrays:
+        """Version 0 of a client's adapters and head."""
+        return self._initial[self._key(data)]
+
+    def _key(self, data: ClientData) -> tuple[int, int]:
+        backbone = data.teacher if self._num_backbones > 1 else 0
+        return backbone, self._ranks[data.client % len(self._ranks)]
 
 
 def _trained_modules(module: nn.Module, options: LoraOptions) -> list[str]:

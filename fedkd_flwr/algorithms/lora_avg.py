@@ -11,7 +11,7 @@ from pydantic import Field
 from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions, MeanUpdateServer, num_parameters
 from fedkd_flwr.algorithms.fedavg import FedAvgClient, common_model
 from fedkd_flwr.algorithms.loop import LocalTraining, OptimizerOptions, require_counts
-from fedkd_flwr.algorithms.lora import LoraOptions, SharedAdapters, adapted, backbone_digest
+from fedkd_flwr.algorithms.lora import LoraOptions, SharedAdapters, adapted, foundations
 from fedkd_flwr.core.protocols import Task
 from fedkd_flwr.core.seeds import derive_seed
 
@@ -48,7 +48,6 @@ class LoraAvgOptions(AlgorithmOptions):
         sizes = num_parameters(models)
         module = adapted(common_model(models, self.model), self.lora, derive_seed(seed, "adapters"))
         shared = SharedAdapters(task, module)
-        backbone = backbone_digest(module)
         client = FedAvgClient(
             task,
             shared,
@@ -57,6 +56,5 @@ class LoraAvgOptions(AlgorithmOptions):
             keep_moments=self.keep_moments,
             logit_adjustment=self.logit_adjustment,
         )
-        return Algorithm(
-            "updates", shared, client, MeanUpdateServer(shared), *sizes, foundations={"frozen backbone": backbone}
-        )
+        server = MeanUpdateServer(shared)
+        return Algorithm("updates", shared, client, server, *sizes, foundations=lambda: foundations(module))

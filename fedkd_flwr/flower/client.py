@@ -104,7 +104,7 @@ def hello(message: Message, context: Context, app_dir: Path) -> Message:
     """Say who this is and which version it holds; whether it could build version 0 as the server did."""
     asked = Hello.from_records(message.content)
     client = client_of(context, app_dir)
-    _require_foundations(asked.foundations, client.runtime.algorithm.foundations)
+    _require_foundations(asked.foundations, client.runtime.algorithm.foundations())
     state = client.store(asked.training_id).load()
     lineage = state.lineage if state else client.runtime.lineage
     version: int | None = state.version if state else 0

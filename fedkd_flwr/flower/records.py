@@ -58,7 +58,7 @@ class Hello:
     def from_records(cls, content: RecordDict) -> "Hello":
         """Read what `to_records` wrote."""
         config = _config(content)
-        record = content.config_records.get("foundations", {})
+        record = dict(content.config_records.get("foundations") or {})
         foundations = {name: _digest(record, name) for name in record}
         return cls(_take(config, "training-id", str), _digest(config, "initial-digest"), foundations)
 

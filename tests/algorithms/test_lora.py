@@ -98,7 +98,7 @@ def test_convolutions_can_have_adapters_and_a_frozen_norm_keeps_its_statistics()
 def test_what_is_frozen_is_bit_equal_after_a_round_and_is_neither_sent_nor_kept(task: Task, data: ClientData) -> None:
     algorithm = build(task)
     shared = algorithm.shared.initial()
-    digest = algorithm.foundations["frozen backbone"]
+    digest = algorithm.foundations()["frozen backbone"]
     trained = algorithm.client.train(shared, {}, data, FIRST)
     assert trained.upload is not None
     assert trained.upload.keys() == shared.keys()
