@@ -6,10 +6,11 @@ from fedkd_flwr.algorithms.fedavg import FedAvgOptions
 from fedkd_flwr.algorithms.fedkd import FedKDOptions
 from fedkd_flwr.algorithms.fedkd_paper import FedKDPaperOptions
 from fedkd_flwr.algorithms.fedprox import FedProxOptions
+from fedkd_flwr.algorithms.flora import FloraOptions
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
-from fedkd_flwr.algorithms.mixfld import Mix2FldOptions, MixFldOptions
 from fedkd_flwr.algorithms.lora_avg import LoraAvgOptions
 from fedkd_flwr.algorithms.lora_kd import LoraKDOptions
+from fedkd_flwr.algorithms.mixfld import Mix2FldOptions, MixFldOptions
 
 ALGORITHMS: dict[str, type[AlgorithmOptions]] = {
     "fd": FdOptions,
@@ -17,6 +18,7 @@ ALGORITHMS: dict[str, type[AlgorithmOptions]] = {
     "fedkd": FedKDOptions,
     "fedkd_paper": FedKDPaperOptions,
     "fedprox": FedProxOptions,
+    "flora": FloraOptions,
     "local_only": LocalOnlyOptions,
     "mix2fld": Mix2FldOptions,
     "mixfld": MixFldOptions,

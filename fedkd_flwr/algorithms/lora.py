@@ -97,16 +97,20 @@ def adapted(module: nn.Module, options: LoraOptions, seed: int) -> nn.Module:
 
 def plain(module: nn.Module) -> nn.Module:
     """A copy of an adapted model in which each adapter is added to its layer: as if the layers had been trained."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     copied = copy.deepcopy(module)
-    for name, layer in list(copied.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge()
-            copied.set_submodule(name, layer.get_base_layer())
+    for name, layer in adapters_of(copied).items():
+        layer.merge()
+        copied.set_submodule(name, layer.get_base_layer())
     if hasattr(copied, "peft_config"):
         del copied.peft_config
     return copied
+
+
+def adapters_of(module: nn.Module) -> dict[str, Any]:
+    """The layers of an adapted model that have an adapter, by name: peft's."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
 
 
 def backbone_digest(module: nn.Module) -> bytes:
