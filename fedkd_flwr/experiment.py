@@ -157,6 +157,8 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         name = self.algorithm.name
         if self.privacy is not None and algorithm.exchanges == "outputs":
             raise ConfigError(f"privacy: must be null with {name}, which exchanges outputs, not updates")
+        if self.privacy is not None and algorithm.make_aggregator:
+            raise ConfigError(f"privacy: must be null with {name}, whose uploads are more than an update of a model")
         if algorithm.make_aggregator and self.server.aggregator != FedAvgAggregation():
             raise ConfigError(
                 f"server.aggregator: must be left out with {name}, which has a rule of its own for outputs, "

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 from torch import nn
@@ -124,6 +124,23 @@ class ServerHalf(Protocol):
         """Write the shared model where there is one; say whether there is."""
 
 
+@runtime_checkable
+class LearningServer(Protocol):
+    """A server half with a model of its own, which no client is sent. It survives the server as its state does."""
+
+    def begin(self) -> None:
+        """A run begins: forget those before."""
+
+    def learn(self, shared: Arrays, assignment: Assignment) -> None:
+        """Take in a new version."""
+
+    def state(self) -> Arrays:
+        """For a checkpoint."""
+
+    def restore(self, state: Arrays) -> None:
+        """Go on from a checkpoint."""
+
+
 class Aggregator(Protocol):
     """Turns the uploads of one round into one."""
 
@@ -167,6 +184,8 @@ class Algorithm:
         make_aggregator: how uploads become one where a mean of them, or a robust rule, means nothing; None where the
             user's choice does it.
         notes: one line each: what leaves a client beyond what its name says.
+        foundations: gives digests, by name, of what nodes must have alike and are never sent, such as a frozen
+            backbone. A node with another one is not taken in.
     """
 
     exchanges: Exchanges
@@ -177,6 +196,7 @@ class Algorithm:
     num_student_parameters: int
     make_aggregator: Callable[[], Aggregator] | None = None
     notes: tuple[str, ...] = ()
+    foundations: Callable[[], Mapping[str, bytes]] = dict
 
 
 class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -229,16 +249,23 @@ class SharedModel:
 
     Everything an "updates" algorithm shares: version 0, the user's codec in both directions, the score, the export. The
     module is scratch space; the arrays are the model.
+
+    Args:
+        task: what is learned.
+        module: of version 0.
+        frozen: whether frozen tensors are among the arrays. Without them nobody keeps or is sent what is the same on
+            all nodes anyway; see `Algorithm.foundations`.
     """
 
-    def __init__(self, task: Task, module: nn.Module) -> None:
+    def __init__(self, task: Task, module: nn.Module, *, frozen: bool = True) -> None:
         self.module = module
         self._task = task
-        self._initial = read_arrays(module)
+        self._frozen = frozen
+        self._initial = read_arrays(module, frozen=frozen)
         self._spec = exchanged_spec(module)
 
     def initial(self) -> Arrays:
-        """Every tensor of version 0, frozen ones included."""
+        """Every tensor of version 0, frozen ones included where they are shared."""
         return self._initial
 
     def wires(self, make_codec: MakeCodec) -> Wires | None:
@@ -251,7 +278,7 @@ class SharedModel:
 
     def load(self, shared: Arrays) -> None:
         """Set the module to these arrays."""
-        write_arrays(self.module, shared)
+        write_arrays(self.module, shared, frozen=self._frozen)
 
     def update(self, shared: Arrays) -> Arrays:
         """What the module, as trained, adds to `shared`."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedkd_flwr.algorithms.base import Assignment
 from fedkd_flwr.algorithms.optimizer import Optimizer, OptimizerOptions
 from fedkd_flwr.core.losses import log_prior, task_loss
+from fedkd_flwr.core.modules import still_layers
 from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Outputs, Task
 from fedkd_flwr.core.seeds import derive_seed
 
@@ -70,10 +71,13 @@ class LocalTraining(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
     def prepare(self, *modules: nn.Module) -> None:
         """Put modules into training mode, compiled where asked.
 
-        Here and not where they are built: a server builds them too, and never trains.
+        Here and not where they are built: a server builds them too, and never trains. Frozen layers keep their
+        statistics, and so stay in evaluation mode.
         """
         for module in modules:
             module.train()
+            for layer in still_layers(module).values():
+                layer.training = False
             # In place, so that names of tensors stay; again would compile again.
             if self.compile and getattr(module, "_compiled_call_impl", None) is None:
                 module.compile()

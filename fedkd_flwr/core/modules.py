@@ -13,14 +13,15 @@ from fedkd_flwr.core.protocols import Batch
 def exchanged_spec(module: nn.Module) -> Spec:
     """What federated training moves: trainable parameters, then floating persistent buffers.
 
-    Shared storage (tied weights) appears once. Frozen parameters and integer buffers are not part of an update.
+    Shared storage (tied weights) appears once. Frozen parameters, the statistics of frozen layers and integer buffers
+    are not part of an update.
     """
     parameters = [TensorSpec(n, tuple(p.shape)) for n, p in module.named_parameters() if p.requires_grad]
-    persistent = module.state_dict().keys()
+    persistent, still = module.state_dict().keys(), _still_buffers(module)
     buffers = [
         TensorSpec(n, tuple(b.shape), "buffer")
         for n, b in module.named_buffers()
-        if n in persistent and b.is_floating_point()
+        if n in persistent and b.is_floating_point() and n not in still
     ]
     return tuple(parameters + buffers)
 
@@ -35,11 +36,29 @@ def read_arrays(module: nn.Module, *, frozen: bool = True) -> dict[str, Array]:
 
 
 def _tensors(module: nn.Module, frozen: bool) -> dict[str, torch.Tensor]:
-    """Parameters, the frozen ones only where asked for, then persistent buffers."""
-    persistent = module.state_dict().keys()
+    """Parameters, then persistent buffers; the frozen ones only where asked for."""
+    persistent, still = module.state_dict().keys(), set() if frozen else _still_buffers(module)
     tensors: dict[str, torch.Tensor] = {n: p for n, p in module.named_parameters() if frozen or p.requires_grad}
-    tensors.update((n, b) for n, b in module.named_buffers() if n in persistent)
+    tensors.update((n, b) for n, b in module.named_buffers() if n in persistent and n not in still)
     return tensors
+
+
+def still_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Layers by name that have parameters of their own, all frozen, and buffers: what these hold is frozen, too.
+
+    A layer that normalises over a batch must not be in training mode then, or its statistics move.
+    """
+    found = {}
+    for name, layer in module.named_modules():
+        own = list(layer.parameters(recurse=False))
+        if own and not any(p.requires_grad for p in own) and any(True for _ in layer.buffers(recurse=False)):
+            found[name] = layer
+    return found
+
+
+def _still_buffers(module: nn.Module) -> set[str]:
+    layers = still_layers(module).items()
+    return {f"{prefix}.{n}" if prefix else n for prefix, layer in layers for n, _ in layer.named_buffers(recurse=False)}
 
 
 def _to_array(tensor: torch.Tensor) -> Array:
@@ -52,7 +71,7 @@ def _to_array(tensor: torch.Tensor) -> Array:
 def write_arrays(module: nn.Module, arrays: Arrays, prefix: str = "", *, frozen: bool = True) -> None:
     """Copy `arrays[prefix + name]` into every parameter and persistent buffer of `module`.
 
-    Without `frozen`, frozen parameters stay as they are, whatever the arrays hold: what `read_arrays` leaves out.
+    Without `frozen`, what is frozen stays as it is, whatever the arrays hold: what `read_arrays` leaves out.
 
     Raises:
         ValueError: if a tensor is missing or has another shape.

@@ -1,9 +1,9 @@
 """What the axes promise each other: data, models and codecs as seen by code that must not import them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -54,12 +54,35 @@ class ClientData:
         test: to score on.
         teacher: which teacher it has: 0 is `Models.teacher`, n is `Models.other_teachers[n - 1]`.
         label_counts: how many labels of each class `train` has, class by class; None where labels are no classes.
+        client: number of the client, from 0.
     """
 
     train: Examples
     test: Examples
     teacher: int = 0
     label_counts: tuple[int, ...] | None = None
+    client: int = 0
+
+
+class PublicExamples(Protocol):
+    """Examples that every node has, in one order, without their labels."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def select(self, positions: Sequence[int]) -> Examples:
+        """Some of them. In a batch "labels" are positions, so that an output can be told from another in any order."""
+
+    def digest(self) -> bytes:
+        """Of all inputs in their order, 32 bytes."""
+
+
+@runtime_checkable
+class HasPublicExamples(Protocol):
+    """A task that may have public examples."""
+
+    def public_examples(self) -> PublicExamples | None:
+        """They; None where the experiment names none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from fedkd_flwr.flower.store import UNKNOWN_VERSION, ClientState, ClientStore, L
 from fedkd_flwr.privacy import PrivacyOptions, privatised
 
 PRIVATE_MODEL_DIR = "private_model"
+_SHOWN_DIGITS = 12  # of a digest, in a message for people
 
 _log = logging.getLogger("fedkd")
 
@@ -103,6 +104,7 @@ def hello(message: Message, context: Context, app_dir: Path) -> Message:
     """Say who this is and which version it holds; whether it could build version 0 as the server did."""
     asked = Hello.from_records(message.content)
     client = client_of(context, app_dir)
+    _require_foundations(asked.foundations, client.runtime.algorithm.foundations())
     state = client.store(asked.training_id).load()
     lineage = state.lineage if state else client.runtime.lineage
     version: int | None = state.version if state else 0
@@ -119,6 +121,17 @@ def hello(message: Message, context: Context, app_dir: Path) -> Message:
         memory="nothing" if state is None else "private" if lost else "all",
     )
     return Message(reply.to_records(), reply_to=message)
+
+
+def _require_foundations(wanted: Mapping[str, bytes], found: Mapping[str, bytes]) -> None:
+    """Raise ConfigError if this node builds on something else than the server, which no message could put right."""
+    for name in sorted({*wanted, *found}):
+        here, there = (digests.get(name, b"").hex()[:_SHOWN_DIGITS] or "none" for digests in (found, wanted))
+        if wanted.get(name) != found.get(name):
+            raise ConfigError(
+                f"the {name} must be the same on all nodes: digest {here} here, {there} on the server; "
+                "give every node the same files, and the same versions of the libraries that read them"
+            )
 
 
 def train(message: Message, context: Context, app_dir: Path) -> Message:

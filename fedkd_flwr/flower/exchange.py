@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedkd_flwr.algorithms.base import Assignment
+from fedkd_flwr.algorithms.base import Assignment, LearningServer
 from fedkd_flwr.core.protocols import Examples
 from fedkd_flwr.core.schedules import progress_of
 from fedkd_flwr.core.seeds import derive_seed
@@ -70,6 +70,9 @@ class Exchange(Strategy):
         self._test_data: Examples = runtime.task.test_data()
         ratio = options.validation.max_norm_ratio if runtime.algorithm.exchanges == "updates" else None
         bound = NormBound(ratio, options.validation.excess_norm)
+        self._learner = server if isinstance(server := runtime.algorithm.server, LearningServer) else None
+        if self._learner is not None:
+            self._learner.begin()
         self._merger: Merger | None = None
         if wires:
             robust = options.aggregator.robust
@@ -85,7 +88,7 @@ class Exchange(Strategy):
         self.reference = Reference(
             runtime.algorithm.shared, wires.downlink if wires else None, runtime.initial, runtime.lineage
         )
-        hello = Hello(training_id, runtime.lineage)
+        hello = Hello(training_id, runtime.lineage, runtime.algorithm.foundations())
         reset = self._merger.reset if self._merger else None
         self._reception = Reception(options, hello, self._roster, self._mailbox, self.reference, reset, ledger)
         self._round = self._new_round(0)
@@ -316,6 +319,8 @@ class Exchange(Strategy):
             to_encode = derive_seed(seed, "encode")
             current.payload_bytes = self.reference.advance(broadcast, progress=current.progress, seed=to_encode)
             current.timed("encode", started)
+            if self._learner is not None:
+                self._learner.learn(self.reference.shared, assignment)
         except ValueError as error:
             merger.undo()
             current.reject(_SERVER, "aggregate", str(error))
@@ -336,6 +341,8 @@ class Exchange(Strategy):
             "sampler": self._sampler.saved(),
             "rounds": Archive({"num_good": self._num_good_rounds, "first_failure": self._first_failure}),
         } | (self._merger.saved() if self._merger else {})
+        if self._learner is not None:
+            parts["server half"] = Archive({}, self._learner.state())
         self._ledger.make_durable()
         self._checkpoints.save(Checkpoint(self._round.number, self._training_id, parts, self._row))
         self._ledger.write("round", **self._row)
@@ -348,6 +355,8 @@ class Exchange(Strategy):
         self._sampler.restore(parts["sampler"])
         if self._merger is not None:
             self._merger.restore(parts)
+        if self._learner is not None:
+            self._learner.restore(parts["server half"].arrays)
         self._num_good_rounds = parts["rounds"].facts["num_good"]
         self._first_failure = parts["rounds"].facts["first_failure"]
         self._round = self._new_round(checkpoint.server_round)

@@ -41,21 +41,26 @@ class Hello:
     Attributes:
         training_id: names the training, 16 hexadecimal digits.
         initial_digest: of version 0 as the server built it, 32 bytes.
+        foundations: see `Algorithm.foundations`, 32 bytes each.
     """
 
     training_id: str
     initial_digest: bytes
+    foundations: Mapping[str, bytes] = field(default_factory=dict)
 
     def to_records(self) -> RecordDict:
         """As Flower records."""
         config = ConfigRecord({"training-id": self.training_id, "initial-digest": self.initial_digest})
-        return RecordDict({"config": config})
+        extra = {"foundations": ConfigRecord(dict(self.foundations))} if self.foundations else {}
+        return RecordDict({"config": config, **extra})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> "Hello":
         """Read what `to_records` wrote."""
         config = _config(content)
-        return cls(_take(config, "training-id", str), _digest(config, "initial-digest"))
+        record = dict(content.config_records.get("foundations") or {})
+        foundations = {name: _digest(record, name) for name in record}
+        return cls(_take(config, "training-id", str), _digest(config, "initial-digest"), foundations)
 
 
 @dataclass(frozen=True, slots=True)

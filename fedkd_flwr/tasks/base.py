@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Task
+from fedkd_flwr.core.protocols import Batch, ClientData, Examples, PublicExamples, Task
 from fedkd_flwr.tasks.partition import NaturalPartition, OwnPartition, Rows, WholePartition
 from fedkd_flwr.tasks.table import ClientRows
 
@@ -59,6 +59,7 @@ class ModelsOptions(TaskOptions):
             exchanged.
         data: where the examples come from.
         partition: how those to train on are divided.
+        public: examples that every node has, for algorithms that ask what models say of them; null: none.
     """
 
     teacher: Any
@@ -67,6 +68,7 @@ class ModelsOptions(TaskOptions):
     freeze_embeddings: bool = False
     data: Any = None
     partition: Any = None
+    public: Any = None
 
     @model_validator(mode="after")
     def _nodes_agree(self) -> Self:
@@ -85,6 +87,10 @@ class ModelsOptions(TaskOptions):
                 raise ValueError(
                     f"{name} is required where nodes bring their own data, so that it is the same on all of them"
                 )
+        if self.public is not None and self.public.source is None:
+            raise ValueError(
+                "public.source is required where nodes bring their own data, so that it is the same on all of them"
+            )
 
     def at_node(self, data_path: Path) -> Self:
         """The same task over data of a node's own; see `TaskOptions.at_node`."""
@@ -206,6 +212,10 @@ class TableTask(ABC):
         """The whole test split."""
         return self._test_data
 
+    def public_examples(self) -> PublicExamples | None:
+        """Those that every node has, where the experiment names any; a task with an option for it has them."""
+        return None
+
     @abstractmethod
     def _examples(self, split: Literal["train", "test"], rows: Rows) -> SizedExamples:
         """Some rows of a split."""
@@ -222,7 +232,7 @@ class TableTask(ABC):
         train, test = self._rows_of(client)
         learns = self._examples("train", train)
         scores = self._examples("test" if self._rows.scores_on_test(client) else "train", test)
-        data = ClientData(learns, scores, self._teacher_of(client), self._label_counts(train))
+        data = ClientData(learns, scores, self._teacher_of(client), self._label_counts(train), client)
         return data, learns.num_bytes + scores.num_bytes
 
     @cached_property

@@ -15,7 +15,7 @@ from torch import nn
 
 from fedkd_flwr.core.modules import on_device_of
 from fedkd_flwr.core.predictions import Predictions
-from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs
+from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs, PublicExamples
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import (
     TaskOptions,
@@ -33,6 +33,7 @@ from fedkd_flwr.tasks.partition import (
     partition_indices,
     require_client,
 )
+from fedkd_flwr.tasks.public import HeldOutOptions, PublicRows, held_out
 from fedkd_flwr.tasks.scores import classification_scores, predict
 
 NUM_CLASSES = 10
@@ -66,6 +67,7 @@ class DigitsOptions(TaskOptions):
         client_test_fraction: share of a client's images that it keeps for its own score, in (0, 1).
         teacher: the large model.
         student: the small model; no deeper than the teacher.
+        public: training images that no client has and every node knows, without their labels; null: none.
     """
 
     name: Literal["digits"] = "digits"
@@ -73,6 +75,7 @@ class DigitsOptions(TaskOptions):
     client_test_fraction: float = Field(0.2, gt=0, lt=1)
     teacher: VitOptions = VitOptions()
     student: VitOptions = VitOptions(num_layers=2)
+    public: HeldOutOptions | None = None
 
     @model_validator(mode="after")
     def _student_within_teacher(self) -> Self:
@@ -97,6 +100,9 @@ class Digits:
         self._options = options
         self._seed = seed
         self._images, self._labels, self._train_rows, self._test_rows = _digits()
+        self._public_rows: Rows | None = None
+        if options.public is not None:
+            self._public_rows, self._train_rows = held_out(self._train_rows, options.public.num_examples, seed)
         labels = self._labels[self._train_rows].tolist()
         self._partition = partition_indices(labels, options.partition, num_clients, derive_seed(seed, "partition"))
 
@@ -111,11 +117,18 @@ class Digits:
         seed = derive_seed(self._seed, "client split", partition_id)
         train, test = hold_out(rows, self._options.client_test_fraction, seed)
         counts = np.bincount(self._labels[train], minlength=NUM_CLASSES)
-        return ClientData(self._examples(train), self._examples(test), label_counts=tuple(counts.tolist()))
+        return ClientData(
+            self._examples(train), self._examples(test), label_counts=tuple(counts.tolist()), client=partition_id
+        )
 
     def test_data(self) -> Examples:
         """The server's 360 images."""
         return self._examples(self._test_rows)
+
+    def public_examples(self) -> PublicExamples | None:
+        """Images that are held out of the training images."""
+        rows = self._public_rows
+        return None if rows is None else PublicRows(rows, self._public_images)
 
     def data_report(self) -> DataReport:
         """Labels of each client's images, those included that it keeps for its own score."""
@@ -155,6 +168,9 @@ class Digits:
     def export(self, model: nn.Module, directory: Path) -> None:
         """Write a directory that `ViTForImageClassification.from_pretrained` loads."""
         save_pretrained(model, directory)
+
+    def _public_images(self, rows: Rows, positions: Rows) -> TensorExamples:
+        return TensorExamples({"pixel_values": self._images[rows], "labels": torch.from_numpy(positions)})
 
     def _examples(self, rows: Rows) -> TensorExamples:
         return TensorExamples({"pixel_values": self._images[rows], "labels": self._labels[rows]})

@@ -5,17 +5,17 @@ The server's test set is the test split. Models are a small convolutional networ
 
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, Field, model_validator
 from torch import nn
 
 from fedkd_flwr.core.predictions import Predictions
-from fedkd_flwr.core.protocols import Batch, DataReport, Examples, Models, Outputs
+from fedkd_flwr.core.protocols import Batch, DataReport, Examples, Models, Outputs, PublicExamples
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import TableTask
-from fedkd_flwr.tasks.cnn import CnnOptions
+from fedkd_flwr.tasks.cnn import CnnOptions, ImageShape
 from fedkd_flwr.tasks.image_models import (
     ImageModels,
     ImageStudent,
@@ -25,6 +25,7 @@ from fedkd_flwr.tasks.image_models import (
 )
 from fedkd_flwr.tasks.images import DECODED_BYTES, ImageExamples, Images, ImageTaskOptions, image_column
 from fedkd_flwr.tasks.partition import IidPartition, OwnPartition, Rows, TablePartition, WholePartition
+from fedkd_flwr.tasks.public import PublicImageOptions, PublicRows, held_out
 from fedkd_flwr.tasks.scores import classification_scores, predict
 from fedkd_flwr.tasks.source import DataSource
 from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables, read_labels
@@ -60,6 +61,7 @@ class ImageClassificationOptions(ImageTaskOptions):
         student: the small model. One with random weights starts with the teacher's tensors where names and shapes
             agree; one of name layers is cut from a teacher of name transformers.
         other_teachers: for clients that hold another teacher than the rest.
+        public: images that every node has, without labels; null: none.
     """
 
     name: Literal["image_classification"] = "image_classification"
@@ -72,6 +74,7 @@ class ImageClassificationOptions(ImageTaskOptions):
     teacher: ImageTeacher = CnnOptions()
     student: ImageStudent = CnnOptions()
     other_teachers: tuple[OtherImageTeacher, ...] = ()
+    public: PublicImageOptions | None = None
 
     @model_validator(mode="after")
     def _models_go_together(self) -> Self:
@@ -109,7 +112,13 @@ class ImageClassification(TableTask):
         self._train_labels, self._test_labels = labels.train, labels.test
         train_rows, train_notes = _usable(str(train.split), self._train, labels.train)
         test_rows, test_notes = _usable(str(test.split), self._test, labels.test)
+        self._public: tuple[Images, Rows] | None = None
+        if options.public is not None and options.public.source is None:
+            held, train_rows = held_out(train_rows, options.public.num_examples, seed)
+            self._public = self._train, held
         self._shape = self._train.shape_of(int(train_rows[0]))
+        if options.public is not None and self._public is None:
+            self._public = _read_public(options, options.public, self._shape, seed)
         self._train.require_shape(train_rows, self._shape)
         self._test.require_shape(test_rows, self._shape)
         rows = ClientRows(
@@ -152,6 +161,15 @@ class ImageClassification(TableTask):
     def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
         """Run a model on images of shape [batch, channels, height, width]."""
         return self._models.forward(model, batch, hidden_states=hidden_states, attentions=attentions)
+
+    def public_examples(self) -> PublicExamples | None:
+        """Images of the training split that no client has, or of another table."""
+        if self._public is None:
+            return None
+        images, rows = self._public
+        return PublicRows(
+            rows, lambda rows, positions: images.examples(rows, positions, self._shape, join_last=self._join_last)
+        )
 
     def predict(self, model: nn.Module, examples: Examples) -> Predictions:
         """Log-probabilities of the classes of each example."""
@@ -205,11 +223,28 @@ def _folder_of(source: str) -> Path | None:
     return path if path.is_dir() else path.parent if path.is_file() else None
 
 
-def _usable(split: str, images: Images, labels: Rows) -> tuple[Rows, tuple[str, ...]]:
-    reasons = {
+def _read_public(
+    options: ImageClassificationOptions, public: PublicImageOptions, shape: ImageShape, seed: int
+) -> tuple[Images, Rows]:
+    """Images of another table, and the rows of it that are used."""
+    table = public.load()
+    try:
+        images = Images(table, image_column(table, public.image), options, _folder_of(str(public.source)))
+        usable, _ = left_out(str(table.split), _unreadable(images), len(images))
+        images.require_shape(usable, shape)
+    except ValueError as error:
+        raise ValueError(str(error).replace("task.data.columns.image", "task.public.image")) from error
+    return images, held_out(usable, public.num_examples or len(usable), seed)[0]
+
+
+def _unreadable(images: Images) -> dict[str, Any]:
+    return {
         "have no image": images.missing,
         "have an image that can't be read": images.unreadable,
         "have an image of 32-bit pixels, to be saved with 8 or 16 bits": images.wide,
-        "have no label": labels < 0,
     }
+
+
+def _usable(split: str, images: Images, labels: Rows) -> tuple[Rows, tuple[str, ...]]:
+    reasons = _unreadable(images) | {"have no label": labels < 0}
     return left_out(split, reasons, len(images))

@@ -284,14 +284,7 @@ class TextTask(TableTask):
         self._example_labels = torch.zeros((1,), dtype=torch.int64)
         pad = int(self._tokenizer.pad_token_id)
         self._padding = {"input_ids": pad}
-        rules = {
-            "task": options.name,
-            "max_length": options.max_length,
-            "data": options.data.columns.model_dump(),
-        }
-        self._tables = {
-            name: encoded(table, self._tokenizer, rules, self._with_length) for name, table in tables.items()
-        }
+        self._tables = {name: self._encoded(table) for name, table in tables.items()}
         self._models = Transformers(options, head, self._label_names, {"pad_token_id": pad}, weights)
 
     def build_models(self, seed: int) -> Models:
@@ -319,6 +312,12 @@ class TextTask(TableTask):
     @abstractmethod
     def _pieces(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Word pieces of some rows of a table, as columns."""
+
+    def _encoded(self, table: "Dataset") -> "Dataset":
+        options = self._options
+        columns = options.data.columns.model_dump()
+        rules = {"task": options.name, "max_length": options.max_length, "data": columns}
+        return encoded(table, self._tokenizer, rules, self._with_length)
 
     def _with_length(self, rows: Mapping[str, list[Any]]) -> Mapping[str, list[Any]]:
         pieces = self._pieces(rows)

@@ -9,8 +9,9 @@ from pydantic import BaseModel, Field
 from torch import nn
 
 from fedkd_flwr.core.predictions import Predictions
-from fedkd_flwr.core.protocols import DataReport, Examples
+from fedkd_flwr.core.protocols import DataReport, Examples, PublicExamples
 from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition, WholePartition
+from fedkd_flwr.tasks.public import PublicRows, PublicTextOptions, held_out
 from fedkd_flwr.tasks.scores import classification_scores, predict
 from fedkd_flwr.tasks.source import DataSource, column_values, require_text
 from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables, read_labels
@@ -47,6 +48,7 @@ class TextClassificationOptions(TextTaskOptions):
         partition: how the training split is divided.
         client_test_fraction: share of its training rows that a client keeps for its own score, in (0, 1), unless a
             natural partition gives it rows of the test split.
+        public: texts that every node has, without labels; null: none.
     """
 
     name: Literal["text_classification"] = "text_classification"
@@ -56,6 +58,7 @@ class TextClassificationOptions(TextTaskOptions):
     class_weights: ClassWeights = None
     partition: TablePartition = IidPartition()
     client_test_fraction: float = Field(0.2, gt=0, lt=1)
+    public: PublicTextOptions | None = None
 
     def build(self, num_clients: int, seed: int) -> "TextClassification":
         """The task, its training split divided among `num_clients`."""
@@ -74,6 +77,10 @@ class TextClassification(TextTask):
         self._labels = {"train": labels.train, "test": labels.test}
         self._positive = _positive(options.positive_label, labels.names)
         usable, notes = _usable(tables, self._labels, columns)
+        self._public: tuple[Dataset, Rows] | None = None
+        if options.public is not None and options.public.source is None:
+            held, usable["train"] = held_out(usable["train"], options.public.num_examples, seed)
+            self._public = tables["train"], held
         rows = ClientRows(
             (tables["train"], tables["test"]),
             (usable["train"], usable["test"]),
@@ -87,11 +94,22 @@ class TextClassification(TextTask):
         super().__init__(
             options, "AutoModelForSequenceClassification", tables, usable["test"], rows, labels.names, weights
         )
+        if self._public is not None:
+            self._public = self._tables["train"], self._public[1]
+        elif options.public is not None:
+            self._public = self._read_public(options.public, seed)
         self._report = rows.report(labels, (*notes, *self._cut_off(usable)))
 
     def data_report(self) -> DataReport:
         """Labels of each client, and what was left out or cut off."""
         return self._report
+
+    def public_examples(self) -> PublicExamples | None:
+        """Texts of the training split that no client has, or of another table."""
+        if self._public is None:
+            return None
+        table, rows = self._public
+        return PublicRows(rows, lambda rows, positions: self._token_examples(table, rows, positions))
 
     def predict(self, model: nn.Module, examples: Examples) -> Predictions:
         """Log-probabilities of the classes of each example."""
@@ -110,8 +128,19 @@ class TextClassification(TextTask):
     def _examples(self, split: str, rows: Rows) -> TokenExamples:
         table = self._tables[split]
         rows = by_length(table, rows)
+        return self._token_examples(table, rows, self._labels[split][rows])
+
+    def _token_examples(self, table: "Dataset", rows: Rows, labels: Rows) -> TokenExamples:
         sequences = read_sequences(table, rows, inputs_of(self._tokenizer))
-        return TokenExamples(sequences, self._padding, torch.from_numpy(self._labels[split][rows]))
+        return TokenExamples(sequences, self._padding, torch.from_numpy(labels))
+
+    def _read_public(self, public: PublicTextOptions, seed: int) -> "tuple[Dataset, Rows]":
+        """A table of public texts, encoded as the task's own, and the rows of it that are used."""
+        table = public.load(self._columns.text, self._columns.text_pair)
+        reasons = _empty(table, self._columns, "task.public")
+        usable, _ = left_out(str(table.split), reasons, len(table))
+        chosen, _ = held_out(usable, public.num_examples or len(usable), seed)
+        return self._encoded(table), chosen
 
     def _label_counts(self, rows: Rows) -> tuple[int, ...]:
         return tuple(np.bincount(self._labels["train"][rows], minlength=len(self._label_names)).tolist())
@@ -135,19 +164,21 @@ def _usable(
     usable: dict[str, Rows] = {}
     notes: tuple[str, ...] = ()
     for name, table in tables.items():
-        require_text(table, columns.text, "task.data.columns.text")
-        texts = column_values(table, columns.text, "task.data.columns.text")
-        reasons = {
-            "have an empty text": np.array([not (text and text.strip()) for text in texts], bool),
-            "have no label": labels[name] < 0,
-        }
-        if columns.text_pair:
-            require_text(table, columns.text_pair, "task.data.columns.text_pair")
-            pairs = column_values(table, columns.text_pair, "task.data.columns.text_pair")
-            reasons["have an empty second text"] = np.array([not (text and text.strip()) for text in pairs], bool)
+        reasons = {**_empty(table, columns, "task.data.columns"), "have no label": labels[name] < 0}
         usable[name], noted = left_out(str(table.split), reasons, len(table))
         notes = (*notes, *noted)
     return usable, notes
+
+
+def _empty(table: "Dataset", columns: TextColumns, key: str) -> dict[str, Any]:
+    """Rows without a text, or without a second one: for each reason a mask of [rows]."""
+    reasons: dict[str, Any] = {}
+    for name, reason in (("text", "have an empty text"), ("text_pair", "have an empty second text")):
+        if (column := getattr(columns, name)) is not None:
+            require_text(table, column, f"{key}.{name}")
+            texts = column_values(table, column, f"{key}.{name}")
+            reasons[reason] = np.array([not (text and text.strip()) for text in texts], bool)
+    return reasons
 
 
 def _positive(chosen: str | int | None, names: tuple[str, ...]) -> int | None:
