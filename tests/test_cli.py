@@ -42,7 +42,7 @@ def conf(tmp_path: Path) -> str:
         ("num_clients=many", "num_clients: must be a whole number, got 'many'"),
         (
             "algorithm.name=fedsgd",
-            "algorithm.name: must be one of 'fd', 'fedavg', 'fedkd', 'fedkd_paper', 'fedprox', 'local_only', ",
+            "algorithm.name: must be one of 'fd', 'fedavg', 'fedkd', 'fedkd_paper', 'fedprox', ",
         ),
         ("compressor.energy_start=1.5", "compressor.energy_start: must be less than or equal to 1, got 1.5"),
         ("task.partition.alfa=1", "task.partition.alfa: unknown key; allowed: name"),

@@ -1,8 +1,8 @@
 """FLoRA: federated fine-tuning of adapters of different ranks, aggregated without noise.
 
 Wang et al., NeurIPS 2024, https://arxiv.org/abs/2409.05976. In each round a client trains fresh adapters, of a rank
-that it can afford, on the common weights; the server stacks all of them (`adapter_stack.py`) and everybody adds the product
-to the common weights. What goes down has the sum of all ranks, which is the price: with many clients it is dearer than
+that it can afford, on the common weights; the server stacks all of them (`adapter_stack.py`) and everybody adds their
+product to the common weights. What goes down has the sum of all ranks: with many clients that is dearer than
 the weights themselves. Numbers travel as they are, as published; the experiment's compressor has no part.
 """
 
