@@ -256,7 +256,7 @@ class Reply:
         return replace(bare, payload=self.payload)
 
     def to_records(self) -> RecordDict:
-        """As Flower records: one array, and one metric record with groups told apart by a letter."""
+        """As Flower records: a payload, and one metric record with groups told apart by a letter."""
         metrics = MetricRecord(
             {
                 "num-examples": self.num_examples,
