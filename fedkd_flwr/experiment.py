@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from fedkd_flwr.algorithms import ALGORITHMS, Algorithm, AlgorithmOptions, Baseline
 from fedkd_flwr.compressors import COMPRESSORS, CompressorOptions
 from fedkd_flwr.core.arrays import Spec
-from fedkd_flwr.core.protocols import Codec, Direction, Task
+from fedkd_flwr.core.protocols import ActingTask, Codec, Direction, Task
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.measure.link import NetworkOptions
 from fedkd_flwr.privacy import PrivacyOptions
@@ -150,6 +150,12 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         Raises:
             ConfigError: if the task's models are not what it needs.
         """
+        if isinstance(task, ActingTask) and not self.algorithm.learns_by_acting:
+            able = ", ".join(sorted(name for name, options in ALGORITHMS.items() if options.learns_by_acting))
+            raise ConfigError(
+                f"algorithm.name: must be one of {able} for {self.task.name}, which is learned by acting, "
+                f"got {self.algorithm.name}"
+            )
         try:
             algorithm = self.algorithm.build(task, derive_seed(self.seed, "models"))
         except (ValueError, RuntimeError, MemoryError) as error:  # torch says RuntimeError when memory is short

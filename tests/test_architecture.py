@@ -31,6 +31,7 @@ ONLY_IN = {
     "transformers": {"tasks"},
     "datasets": {"tasks"},
     "peft": {"algorithms"},
+    "gymnasium": {"tasks"},
 }
 CORE_LIBRARIES = {"torch", "numpy"}
 FILES_AND_CLOCKS = {

@@ -7,6 +7,7 @@ from fedkd_flwr.algorithms.fedkd import FedKDOptions
 from fedkd_flwr.algorithms.fedkd_paper import FedKDPaperOptions
 from fedkd_flwr.algorithms.fedprox import FedProxOptions
 from fedkd_flwr.algorithms.flora import FloraOptions
+from fedkd_flwr.algorithms.frd import FrdOptions, MixFrdOptions
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
 from fedkd_flwr.algorithms.lora_avg import LoraAvgOptions
 from fedkd_flwr.algorithms.lora_kd import LoraKDOptions
@@ -19,6 +20,8 @@ ALGORITHMS: dict[str, type[AlgorithmOptions]] = {
     "fedkd_paper": FedKDPaperOptions,
     "fedprox": FedProxOptions,
     "flora": FloraOptions,
+    "frd": FrdOptions,
+    "mixfrd": MixFrdOptions,
     "local_only": LocalOnlyOptions,
     "mix2fld": Mix2FldOptions,
     "mixfld": MixFldOptions,

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 from torch import nn
@@ -200,8 +200,14 @@ class Algorithm:
 
 
 class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):
-    """Options of one algorithm, `name` first. They build it for a task."""
+    """Options of one algorithm, `name` first. They build it for a task.
 
+    Attributes:
+        name: of the algorithm.
+        learns_by_acting: whether it can train on an `ActingTask`, whose batches are other examples for every model.
+    """
+
+    learns_by_acting: ClassVar[bool] = False
     name: str
 
     @abstractmethod

@@ -6,7 +6,7 @@ https://arxiv.org/abs/1602.05629, with the update instead of the weights on the 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -48,6 +48,7 @@ class FedAvgOptions(AlgorithmOptions):
         logit_adjustment: strength of logit adjustment on each client; see `FedKDOptions`.
     """
 
+    learns_by_acting: ClassVar[bool] = True
     name: Literal["fedavg"] = "fedavg"
     model: Literal["teacher", "student"] = "teacher"
     local: LocalTraining = LocalTraining()

@@ -4,7 +4,7 @@ Li et al., "Federated optimization in heterogeneous networks", MLSys 2020, https
 loss plus (mu / 2) * ||w - w_shared||^2.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,6 +28,7 @@ class FedProxOptions(AlgorithmOptions):
         logit_adjustment: strength of logit adjustment on each client; see `FedKDOptions`.
     """
 
+    learns_by_acting: ClassVar[bool] = True
     name: Literal["fedprox"] = "fedprox"
     model: Literal["teacher", "student"] = "teacher"
     proximal_mu: float = Field(0.1, ge=0)

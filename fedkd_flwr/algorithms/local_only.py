@@ -1,6 +1,6 @@
 """Every client trains alone: what a site reaches without the others. Nothing is exchanged."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedkd_flwr.algorithms.base import (
     Algorithm,
@@ -19,6 +19,7 @@ from fedkd_flwr.core.protocols import ClientData, Task
 class LocalOnlyOptions(OwnModelOptions):
     """Options of local training; see `OwnModelOptions`."""
 
+    learns_by_acting: ClassVar[bool] = True
     name: Literal["local_only"] = "local_only"
 
     def build(self, task: Task, seed: int) -> Algorithm:

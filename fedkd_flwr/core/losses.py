@@ -54,7 +54,12 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tens
 
 
 def task_loss(out: Outputs) -> Tensor:
-    """What every model is trained on, whatever else it learns from: `cross_entropy` of one forward pass."""
+    """What every model is trained on, whatever else it learns from.
+
+    The loss that a task gives with its outputs, else `cross_entropy` with the labels.
+    """
+    if out.loss is not None:
+        return out.loss
     return cross_entropy(out.logits, out.labels, out.class_weights)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedkd_flwr.core.arrays import Arrays, Spec
 from fedkd_flwr.core.predictions import Predictions
+from fedkd_flwr.core.proxy_states import ProxyGrid
 
 Batch = Mapping[str, Tensor]
 Direction = Literal["uplink", "downlink"]
@@ -25,6 +26,8 @@ class Outputs:
         attentions: one [batch, heads, tokens, tokens] per layer; None if not asked for.
         token_mask: [batch, tokens], true where a token is real; None where every token is.
         class_weights: [classes], how much a label of each class counts in the task loss; None where all count alike.
+        states: [..., width], what the model saw, where its own actions led there; None where the batch says it all.
+        loss: a scalar with a graph, what to minimise where that is not the cross-entropy with the labels.
     """
 
     logits: Tensor
@@ -33,6 +36,8 @@ class Outputs:
     attentions: tuple[Tensor, ...] | None = None
     token_mask: Tensor | None = None
     class_weights: Tensor | None = None
+    states: Tensor | None = None
+    loss: Tensor | None = None
 
 
 class Examples(Protocol):
@@ -148,6 +153,27 @@ class Task(Protocol):
 
     def export(self, model: nn.Module, directory: Path) -> None:
         """Write the model as a directory: one that `from_pretrained` loads where it is a Hugging Face model."""
+
+
+@runtime_checkable
+class ActingTask(Task, Protocol):
+    """A task that is learned by acting.
+
+    Its examples are episodes: `forward` plays those of a batch and gives their steps, with `states` and `loss`, and the
+    labels are the actions that were taken. Two models never see the same steps, so they can't learn from each other on
+    a batch; what they can speak of is proxy states.
+    """
+
+    @property
+    def num_actions(self) -> int:
+        """A, those of every state."""
+
+    @property
+    def proxies(self) -> ProxyGrid:
+        """Proxy states, the same on all nodes."""
+
+    def policy(self, model: nn.Module, states: Tensor) -> Tensor:
+        """Logits of the actions in some states: [N, axes] to [N, A]."""
 
 
 def score_of(task: Task, model: nn.Module, examples: Examples) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What is learned: one file for each task, one line for each here."""
 
 from fedkd_flwr.tasks.base import TaskOptions
+from fedkd_flwr.tasks.cartpole import CartPoleOptions
 from fedkd_flwr.tasks.digits import DigitsOptions
 from fedkd_flwr.tasks.image_classification import ImageClassificationOptions
 from fedkd_flwr.tasks.news_recommendation import NewsRecommendationOptions
@@ -8,6 +9,7 @@ from fedkd_flwr.tasks.text_classification import TextClassificationOptions
 from fedkd_flwr.tasks.token_classification import TokenClassificationOptions
 
 TASKS: dict[str, type[TaskOptions]] = {
+    "cartpole": CartPoleOptions,
     "digits": DigitsOptions,
     "image_classification": ImageClassificationOptions,
     "news_recommendation": NewsRecommendationOptions,
