@@ -55,11 +55,15 @@ USUAL = NetworkOptions(uplink_mbps=1.0, downlink_mbps=10.0)
 class Transfer:
     """Time that messages take, round by round.
 
-    Args:
+    Attributes:
         link: of every client.
+        by_round: seconds of each round, those of its slowest client.
+        seconds: of all rounds so far, one after the other.
     """
 
     link: NetworkOptions
+    by_round: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
     _by_node: dict[int, dict[str, float]] = field(default_factory=dict)
     _num_unknown: int = 0
 
@@ -74,25 +78,18 @@ class Transfer:
         nodes = self._by_node.setdefault(row["round"], {})
         num_bytes = row["wire_bytes"] + row.get("framing_bytes", 0)
         nodes[node] = nodes.get(node, 0.0) + self.link.seconds(num_bytes, row["direction"])
+        before = self.by_round.get(row["round"], 0.0)
+        self.by_round[row["round"]] = max(before, nodes[node])
+        self.seconds += self.by_round[row["round"]] - before
 
     @property
-    def by_round(self) -> dict[int, float]:
-        """Seconds of each round: those of its slowest client."""
-        return {number: max(nodes.values()) for number, nodes in sorted(self._by_node.items())}
-
-    @property
-    def seconds(self) -> float:
-        """Of all rounds so far, one after the other."""
-        return sum(self.by_round.values())
-
-    @property
-    def num_late(self) -> int:
-        """How often a client's messages of a round would have taken longer than the deadline."""
-        if self.link.round_deadline_s is None:
-            return 0
-        return sum(
-            seconds > self.link.round_deadline_s for nodes in self._by_node.values() for seconds in nodes.values()
-        )
+    def late_by_round(self) -> dict[int, int]:
+        """How many clients would have been beyond the deadline in a round; rounds without any are left out."""
+        deadline = self.link.round_deadline_s
+        if deadline is None:
+            return {}
+        late = {number: sum(s > deadline for s in nodes.values()) for number, nodes in self._by_node.items()}
+        return {number: count for number, count in late.items() if count}
 
 
 def transfer_of(rows: Iterable[Mapping[str, Any]], link: NetworkOptions) -> Transfer:

@@ -88,7 +88,7 @@ def _transfer(transfer: Transfer) -> dict[str, Any]:
         "link": transfer.link.describe(),
         "seconds": round(transfer.seconds, 3),
         "seconds_by_round": {str(number): round(seconds, 3) for number, seconds in transfer.by_round.items()},
-        "num_late": transfer.num_late,
+        "late_by_round": {str(number): count for number, count in transfer.late_by_round.items()},
     }
 
 

@@ -72,6 +72,7 @@ def _headline(run: RunResult, account: Account) -> str:
     status = "running or interrupted" if summary["status"] == "unfinished" else summary["status"]
     said = {name: as_text(value) for name, value in summary.items()}
     best = run.score("shared_global")
+    late = sum((summary.get("transfer") or {}).get("late_by_round", {}).values())
     name = "shared model"
     if best is None and (best := run.score("private_local")) is not None:
         name = "private models"
@@ -84,7 +85,8 @@ def _headline(run: RunResult, account: Account) -> str:
         ("duration", _duration(summary["seconds"]["wall"])),
     ]
     if transfer := summary.get("transfer"):
-        tiles.append((f"of transfer, {as_text(transfer['link'])}", _duration(transfer["seconds"])))
+        beyond = f"; {late} times beyond the deadline" if late else ""
+        tiles.append((f"of transfer, {as_text(transfer['link'])}{beyond}", _duration(transfer["seconds"])))
     parts = [
         f"<header><h1>{said['experiment']} "
         f'<span class="status {said["status"]}">{as_text(status)}</span></h1>'

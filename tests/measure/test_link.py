@@ -52,9 +52,15 @@ def test_a_round_takes_as_long_as_its_slowest_client_by_hand() -> None:
     assert found.seconds == pytest.approx(4.2504)
 
 
-@pytest.mark.parametrize(("deadline", "late"), [(2.05, 2), (1.0, 3), (3.0, 0), (None, 0)])
-def test_clients_beyond_the_deadline_are_counted(deadline: float | None, late: int) -> None:
-    assert transfer_of(ROWS, SLOW_UP.model_copy(update={"round_deadline_s": deadline})).num_late == late
+@pytest.mark.parametrize(("deadline", "late"), [(2.05, {1: 1, 2: 1}), (1.0, {1: 2, 2: 1}), (3.0, {}), (None, {})])
+def test_clients_beyond_the_deadline_are_counted_by_round(deadline: float | None, late: dict[int, int]) -> None:
+    assert transfer_of(ROWS, SLOW_UP.model_copy(update={"round_deadline_s": deadline})).late_by_round == late
+
+
+def test_half_the_uplink_doubles_the_upload_alone() -> None:
+    narrow = SLOW_UP.model_copy(update={"uplink_mbps": 0.5})
+    assert narrow.seconds(125_000, "uplink") == pytest.approx(2.05)
+    assert narrow.seconds(125_000, "downlink") == SLOW_UP.seconds(125_000, "downlink")
 
 
 @given(MESSAGES, st.floats(0.1, 1000), st.floats(0.1, 1000))
