@@ -9,7 +9,12 @@ from fedkd_flwr.experiment import Experiment, load, parse
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "conf").iterdir())
 DATA, MODELS = (ROOT.parent / "shared" / kind for kind in ("data", "models"))
-SOURCES = {"task.data.source": DATA, "task.teacher.source": MODELS, "task.tokenizer.source": MODELS}
+SOURCES = {
+    "task.data.source": DATA,
+    "task.public.source": DATA,
+    "task.teacher.source": MODELS,
+    "task.tokenizer.source": MODELS,
+}
 # Folders that hold what a hub id names, or something of its kind.
 BESIDE = {
     "google/bert_uncased_L-6_H-128_A-2": "pubmed_bert_6x128",

@@ -54,8 +54,10 @@ class PublicOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
     def _number_or_source(self) -> Self:
         if self.source is None and self.num_examples is None:
             raise ValueError("needs source, or num_examples to be taken out of the training split")
-        if self.source is None and (given := self.model_fields_set - {"num_examples"}):
-            raise ValueError(f"{min(given)} needs source: without one the examples are of the task's training split")
+        fields = type(self).model_fields
+        given = [name for name in fields if name != "num_examples" and getattr(self, name) != fields[name].default]
+        if self.source is None and given:
+            raise ValueError(f"{given[0]} needs source: without one the examples are of the task's training split")
         return self
 
     def read(self) -> "Dataset":
