@@ -1,6 +1,7 @@
 """The client's end of the exchange: reach the version asked for, train, remember, reply."""
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from fedkd_flwr.privacy import PrivacyOptions, privatised
 
 PRIVATE_MODEL_DIR = "private_model"
 _SHOWN_DIGITS = 12  # of a digest, in a message for people
+
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/-])/[^\s'\",;]+")
 
 _log = logging.getLogger("fedkd")
 
@@ -96,8 +99,17 @@ def _unnamed(data_path: Path | None) -> Iterator[None]:
         if data_path is None:
             raise
         _log.exception("the data of this node can't be used")  # here the path may be named
-        reason = " ".join(reason_of(error).split()).replace(str(data_path), "data-path")
-        raise ConfigError(f"data-path: {reason}") from None
+        raise ConfigError(f"data-path: {_without_paths(reason_of(error), data_path)}") from None
+
+
+def _without_paths(text: str, data_path: Path) -> str:
+    """A reason in one line that names no place on this node, however whoever wrote it quoted, cut or spaced it."""
+    plain = str(data_path)
+    for form in (plain, repr(plain)[1:-1], " ".join(plain.split())):
+        text = text.replace(form, "data-path")
+    root = "/".join(plain.split("/")[:3])  # what a longer text was cut from may have left
+    text = text.split(root)[0] + "..." if len(root) > 1 and root in text else text
+    return _ABSOLUTE_PATH.sub("(a path)", " ".join(text.split()))
 
 
 def hello(message: Message, context: Context, app_dir: Path) -> Message:

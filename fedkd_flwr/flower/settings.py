@@ -122,8 +122,12 @@ def _device(node_config: UserConfig) -> tuple[str, ...]:
 
 def _data_path(node_config: UserConfig) -> Path | None:
     # Its value stays out of the message, which the server gets to read.
-    path = _directory(node_config.get("data-path"))
-    if path is not None and not path.exists():
+    try:
+        path = _directory(node_config.get("data-path"))
+        there = path is None or path.exists()
+    except (OSError, ValueError, RuntimeError):  # a parent that is closed to this user, a name that can't be one
+        there = False
+    if not there:
         raise ConfigError("node config: data-path must be a folder or file of the node, there is none")
     return path
 

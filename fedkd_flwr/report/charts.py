@@ -135,7 +135,7 @@ def _finite(series: Series) -> Series:
 def _ticks(values: Sequence[float], *, whole: bool = False) -> list[float]:
     """Round numbers that enclose the values, about `NUM_TICKS` of them, at least two."""
     low, high = min(values), max(values)
-    if low == high:
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-300):  # the same, but for the last bits of a mean
         low, high = (low, low + 1) if whole or low == 0 else (low - abs(low) / 10, high + abs(high) / 10)
     raw = (high - low) / NUM_TICKS
     power = 10.0 ** floor(log10(raw))

@@ -13,6 +13,7 @@ from fedkd_flwr.algorithms.base import Assignment, Trained
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.protocols import ClientData
 from fedkd_flwr.core.snapshot import pack_snapshot
+from fedkd_flwr.flower.client import _without_paths
 from fedkd_flwr.flower.errors import StateError
 from fedkd_flwr.flower.lineage import next_lineage
 from fedkd_flwr.flower.local_grid import task_identity
@@ -67,6 +68,20 @@ def moved(built: Runtime, scale: float) -> tuple[Reference, bytes]:
     update = {t.name: np.full(t.shape, scale, np.float32) for t in built.wires.downlink.spec}
     reference.advance(update, progress=0.0, seed=0)
     return reference, reference.delivery(0).payloads[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("/srv/clinic  7/My data", "no table in '/srv/clinic  7/My data'"),
+        ("/srv/a\\b", "no table in '/srv/a\\\\b'"),
+        ("/srv/clinic7/data", "can't be read: /srv/clinic7/da"),
+        ("/srv/clinic7", "PermissionError: [Errno 13] Permission denied: '/home/dr-smith/.cache'"),
+    ],
+)
+def test_no_reason_names_a_place_on_the_node(path: str, text: str) -> None:
+    said = _without_paths(text, Path(path))
+    assert not any(word in said for word in ("srv", "clinic", "a\\b", "smith"))
 
 
 def test_hello_names_the_client_its_version_and_its_examples(built: Runtime, context: Context) -> None:

@@ -228,6 +228,12 @@ def test_ticks_are_few_and_enclose_the_values(values: list[float]) -> None:
     assert ticks[-1] >= max(values) - 1e-9 * abs(max(values))
 
 
+@pytest.mark.parametrize("values", [[0.9342281152705306, 0.9342281152705307], [0.0, 5e-324], [1.0, 1.0 + 2e-16]])
+def test_values_that_differ_in_their_last_bits_alone_can_be_drawn(values: list[float]) -> None:
+    ticks = _ticks(values)
+    assert ticks == sorted(set(ticks)) and len(ticks) > 1
+
+
 def test_whole_ticks_are_whole() -> None:
     for last in (0, 1, 2, 7, 12, 100, 1234):
         assert all(tick == int(tick) for tick in _ticks([0, last], whole=True))
