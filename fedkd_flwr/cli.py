@@ -17,20 +17,20 @@ from rich.live import Live
 from rich.table import Table
 
 import fedkd_flwr
+from fedkd_flwr.cli_deploy import deploy
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, Experiment, baselines_of, load
 from fedkd_flwr.flower.budget import check_accounting
-from fedkd_flwr.flower.certificates import CA_DAYS, make_certificates, make_node_key
 from fedkd_flwr.flower.cluster import joined_cluster
-from fedkd_flwr.flower.commands import Commands, add_connection, require_connection
 from fedkd_flwr.flower.deployment import run_demo
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.inventory import delete_state, kept_states
 from fedkd_flwr.flower.launcher import launch
 from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.flower.server import check_resumable
-from fedkd_flwr.flower.settings import ServerSettings, default_state_dir, flower_home
+from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
 from fedkd_flwr.measure.ledger import LEDGER_FILE
-from fedkd_flwr.report import read_run, reported, verdict, write_model_card, write_report
+from fedkd_flwr.measure.link import NetworkOptions
+from fedkd_flwr.report import common_link, read_run, reported, verdict, write_model_card, write_report
 from fedkd_flwr.report.html_page import PAGE_FILE
 from fedkd_flwr.report.partition import draw_partition
 from fedkd_flwr.report.privacy import describe_privacy
@@ -50,7 +50,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated knowledge distillation on Flower: small on the wire.",
 )
-deploy = typer.Typer(invoke_without_command=True)
 app.add_typer(deploy, name="deploy")
 out = Console()
 err = Console(stderr=True)
@@ -163,15 +162,22 @@ def report(
     directories: Annotated[list[Path], typer.Argument(help="run directories: results/<experiment>/<run>")],
     output_dir: Output = None,
     tensorboard: TensorBoard = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="network.key=value: the link that bytes are turned into seconds for"),
+    ] = None,
 ) -> None:
     """Draw runs again: figure, table and a page for each."""
     if tensorboard:
         require_tensorboard()
+    if other := [text for text in overrides or () if text.partition("=")[0].strip().partition(".")[0] != "network"]:
+        raise ConfigError(f"what was run can't be set any more, only network can, got {other[0]!r}")
     for directory in directories:
         if not (directory / LEDGER_FILE).is_file():
             raise ConfigError(f"{str(directory)!r} holds no {LEDGER_FILE}; give results/<experiment>/<run>")
+    link = load(directories[0] / CONFIG_FILE, overrides).network if overrides else None
     try:
-        _show(directories, _writable(output_dir) if output_dir else None)
+        _show(directories, _writable(output_dir) if output_dir else None, link)
         for directory in directories if tensorboard else ():
             _show_events(directory)
     except (KeyError, TypeError, ValueError) as error:
@@ -241,51 +247,6 @@ def deployment(
     _show([run_dir], None)
     for line in deployed.lines():
         out.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-@deploy.command()
-def certificates(
-    directory: Annotated[Path, typer.Argument(help="for ca.crt, ca.key, server.crt, server.key, superexec.secret")],
-    hosts: Annotated[list[str], typer.Option("--host", help="name or address by which nodes call the server; repeat")],
-    days: Annotated[int, typer.Option("--days", min=1, max=CA_DAYS, help="validity of the server's certificate")] = 365,
-) -> None:
-    """Make a SuperLink's certificate, and the authority that signs it unless there is one in that directory."""
-    make_certificates(directory, hosts, days)
-    out.print(f"certificates: {directory}", highlight=False, markup=False, soft_wrap=True)
-
-
-@deploy.command()
-def node_key(file: Annotated[Path, typer.Argument(help="for the private key; the public one is FILE.pub")]) -> None:
-    """Make the key of one SuperNode, best on that node: only FILE.pub has to leave it."""
-    out.print(f"public key: {make_node_key(file)}", highlight=False, markup=False, soft_wrap=True)
-
-
-@deploy.command()
-def connection(
-    name: Annotated[str, typer.Argument(help="name for the SuperLink in Flower's commands")],
-    address: Annotated[str, typer.Argument(help="host:port of the SuperLink")],
-    ca: Annotated[Path, typer.Argument(help="ca.crt of the authority that signed its certificate")],
-) -> None:
-    """Tell Flower's commands of this user where the SuperLink is."""
-    if not ca.is_file():
-        raise ConfigError(f"{str(ca)!r} does not exist; give the ca.crt of the SuperLink's authority")
-    file = add_connection(flower_home(), name, address, ca)
-    out.print(f"connection {name}: {file}", highlight=False, markup=False, soft_wrap=True)
-
-
-@deploy.command()
-def register(
-    name: Annotated[str, typer.Argument(help="the SuperLink's connection")],
-    keys: Annotated[list[Path], typer.Argument(help="public keys of nodes, before those are started")],
-) -> None:
-    """Let nodes in: each key is registered under the name of its file."""
-    if missing := [key for key in keys if not key.is_file()]:
-        raise ConfigError(f"{str(missing[0])!r} does not exist; give the .pub file of a node's key")
-    require_connection(flower_home(), name)
-    flower = Commands(flower_home(), name)
-    for key in keys:
-        node = flower.register(key.resolve(), key.stem)
-        out.print(f"{key.stem}: node {node}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -380,11 +341,14 @@ def _show_events(run_dir: Path) -> None:
     out.print(f"tensorboard: {write_events(run_dir)}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _show(directories: list[Path], output: Path | None) -> None:
-    figure, table = write_report(directories, output)
+def _show(directories: list[Path], output: Path | None, link: NetworkOptions | None = None) -> None:
+    figure, table = write_report(directories, output, link)
     runs = [read_run(directory) for directory in directories]
+    link = link or common_link(runs)
     console = out if out.is_terminal else Console(width=120)
-    console.print(screen_table([run.table_row() for run in runs], runs[0].metric))
+    console.print(screen_table([run.table_row(link) for run in runs], link.describe(), runs[0].metric))
+    if any(run.network not in (None, link) for run in runs):
+        out.print(f"note: runs name several networks; all are shown over {link.describe()}", highlight=False)
     noisy = [(run, privacy) for run in runs if (privacy := run.summary.get("privacy"))]
     disclosed = [f"{run.label}: {describe_privacy(privacy)}" for run, privacy in noisy]
     for line in (*disclosed, *verdict(runs)):

@@ -21,7 +21,8 @@ LAYERS = {
     "experiment": 2,
     "flower": 3,
     "report": 3,
-    "cli": 4,
+    "cli": 5,
+    "cli_deploy": 4,
     "server_app": 4,
     "client_app": 4,
 }

@@ -118,6 +118,20 @@ def test_report_draws_a_finished_run_again(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "again" / "curves.png").is_file()
 
 
+def test_report_turns_bytes_into_seconds_for_another_link(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, other = run("num_rounds=1"), run("num_rounds=1", "network={uplink_mbps: 5, downlink_mbps: 5}")
+    link = "--set", "network={uplink_mbps: 0.5, downlink_mbps: 2}"
+    assert fedkd("report", str(directory), str(other), *link, "--output-dir", str(tmp_path)) == 0
+    assert "over 0.5 Mbit/s up, 2 down" in (tmp_path / "table.md").read_text()
+    assert "note: runs name several networks; all are shown over 0.5 Mbit/s up, 2 down" in capsys.readouterr().out
+    assert fedkd("report", str(directory), "--set", "num_rounds=3") == 2
+    assert "only network can, got 'num_rounds=3'" in capsys.readouterr().err
+    assert fedkd("report", str(directory), "--set", "network={uplink_mbps: 0, downlink_mbps: 2}") == 2
+    assert "network.uplink_mbps: must be greater than 0, got 0" in capsys.readouterr().err
+
+
 def test_report_of_a_directory_without_a_run_is_exit_2(tmp_path: Path) -> None:
     assert fedkd("report", str(tmp_path)) == 2
 

@@ -1,11 +1,12 @@
 """Finished runs, read back from their directories."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
-from fedkd_flwr.measure.link import USUAL, NetworkOptions, Transfer
+from fedkd_flwr.measure.link import USUAL, NetworkOptions, Transfer, transfer_of
 from fedkd_flwr.measure.metrics import last_mean
 from fedkd_flwr.measure.summary import summarise, without_repeats
 from fedkd_flwr.report.figures import Curve
@@ -73,8 +74,8 @@ class RunResult:
                 curve.scores.append(scores[self.metric])
         return curve
 
-    def table_row(self) -> dict[str, str]:
-        """Cells for `COLUMNS`."""
+    def table_row(self, link: NetworkOptions = USUAL) -> dict[str, str]:
+        """Cells for `COLUMNS`; seconds of transfer are those over a link."""
         counted, clients = self.summary["bytes"], self.summary["num_clients"]
         reduction = counted["reduction_vs_dense_teacher"]
         values = [
@@ -87,9 +88,15 @@ class RunResult:
             f"{counted['uplink'] / clients / MEGABYTE:.3f}",
             f"{counted['downlink'] / clients / MEGABYTE:.3f}",
             "-" if reduction is None else f"{100 * reduction:.1f} %",
+            f"{transfer_of(self.rows, link).seconds:.1f}",
             f"{self.summary['seconds']['wall']:.0f}",
         ]
         return dict(zip(COLUMNS, values, strict=True))
+
+
+def common_link(runs: Sequence[RunResult]) -> NetworkOptions:
+    """The link that runs are compared over: what the first names that names one, else the usual one."""
+    return next((run.network for run in runs if run.network), USUAL)
 
 
 def read_run(directory: Path) -> RunResult:

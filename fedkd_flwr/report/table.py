@@ -15,29 +15,30 @@ COLUMNS = (
     "MB up",
     "MB down",
     "fewer bytes",
+    "transfer, s",
     "seconds",
 )
 LEGEND = (
     "shared model: on the server's test set after the last round, and its mean over the last 3 rounds; local: on the "
     "clients' own test data; private: what never leaves a client; both: the mean of their probabilities. MB: per "
     "client over the whole run, every serialised message; fewer bytes: than dense FedAvg of the teacher with the same "
-    "participation."
+    "participation; transfer: what they take over {link}, with the slowest client of each round."
 )
 
 
-def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """The rows as a Markdown table, with a legend."""
+def markdown_table(rows: Sequence[Mapping[str, str]], link: str) -> str:
+    """The rows as a Markdown table, with a legend; `link` is that of their seconds of transfer, in words."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
     lines += ["| " + " | ".join(row[column] for column in COLUMNS) + " |" for row in rows]
-    return "\n".join([*lines, "", LEGEND, ""])
+    return "\n".join([*lines, "", LEGEND.format(link=link), ""])
 
 
-def screen_table(rows: Sequence[Mapping[str, str]], metric: str) -> Table:
-    """The rows as a table for a terminal."""
+def screen_table(rows: Sequence[Mapping[str, str]], link: str, metric: str) -> Table:
+    """The rows as a table for a terminal; `link` as for `markdown_table`."""
     table = Table(
         box=box.SIMPLE_HEAD,
         title=f"{metric}, bytes and time",
-        caption=LEGEND,
+        caption=LEGEND.format(link=link),
         title_justify="left",
         caption_justify="left",
     )

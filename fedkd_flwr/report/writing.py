@@ -1,22 +1,27 @@
 """The figure, the table and the pages of some runs, as files."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedkd_flwr.measure.ledger import LEDGER_FILE
-from fedkd_flwr.measure.link import USUAL
+from fedkd_flwr.measure.link import NetworkOptions
 from fedkd_flwr.report.figures import draw_curves
 from fedkd_flwr.report.html_page import PAGE_FILE, html_page
-from fedkd_flwr.report.runs import read_run
+from fedkd_flwr.report.runs import common_link, read_run
 from fedkd_flwr.report.table import markdown_table
 from fedkd_flwr.report.verdict import verdict
+
+_log = logging.getLogger("fedkd")
 
 CURVES_FILE = "curves.png"
 TABLE_FILE = "table.md"
 
 
-def write_report(directories: Sequence[Path], output: Path | None = None) -> tuple[Path, Path]:
+def write_report(
+    directories: Sequence[Path], output: Path | None = None, link: NetworkOptions | None = None
+) -> tuple[Path, Path]:
     """Draw runs into one figure and one Markdown table, with a verdict on distillation under it.
 
     Each run's page goes into its own directory; that of a single run to where the rest is written.
@@ -24,6 +29,7 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> tup
     Args:
         directories: of the runs.
         output: where to write; by default the first run's own directory.
+        link: over which bytes are turned into seconds; None takes what the runs name, see `common_link`.
 
     Returns:
         Paths of the figure and of the table.
@@ -32,9 +38,10 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> tup
     target = output or directories[0]
     target.mkdir(parents=True, exist_ok=True)
     figure, table = target / CURVES_FILE, target / TABLE_FILE
-    link = runs[0].network or USUAL
+    link = link or common_link(runs)
     draw_curves([run.curve(link) for run in runs], runs[0].metric, link.describe(), figure)
-    text = markdown_table([run.table_row() for run in runs]) + "".join(f"\n* {line}" for line in verdict(runs))
+    rows = markdown_table([run.table_row(link) for run in runs], link.describe())
+    text = rows + "".join(f"\n* {line}" for line in verdict(runs))
     table.write_text(text.rstrip() + "\n", encoding="utf-8")
     if output is None or len(runs) == 1:  # of several runs elsewhere, each has its page already
         for run in runs:
@@ -53,4 +60,8 @@ def reported(run_dir: Path) -> Iterator[None]:
             if (run_dir / LEDGER_FILE).is_file():
                 write_report([run_dir])
         raise
-    write_report([run_dir])
+    try:
+        write_report([run_dir])
+    except Exception as error:
+        # The run is complete and written down; what can't be drawn now can be drawn later.
+        _log.warning("the run is complete, its report is not: %r; fedkd report %s draws it again", error, run_dir)

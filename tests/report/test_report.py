@@ -6,7 +6,8 @@ import pytest
 from matplotlib.image import imread
 
 from fedkd_flwr.core.protocols import DataReport
-from fedkd_flwr.report import read_run, write_report
+from fedkd_flwr.measure.link import USUAL, NetworkOptions, transfer_of
+from fedkd_flwr.report import common_link, read_run, reported, write_report
 from fedkd_flwr.report.figures import Curve, draw_curves
 from fedkd_flwr.report.progress import RoundLog, RoundNote
 from fedkd_flwr.report.table import COLUMNS, markdown_table
@@ -66,10 +67,40 @@ def test_the_same_curves_give_the_same_picture(tmp_path: Path) -> None:
 
 def test_a_markdown_table_has_a_head_a_rule_and_a_row_for_each_run() -> None:
     row = dict.fromkeys(COLUMNS, "x")
-    lines = markdown_table([row, row]).splitlines()
+    lines = markdown_table([row, row], "a link").splitlines()
     assert lines[0] == "| " + " | ".join(COLUMNS) + " |"
     assert lines[1].count("---") == len(COLUMNS)
     assert lines[2] == lines[3] == "| " + " | ".join(["x"] * len(COLUMNS)) + " |"
+    assert "over a link" in lines[5]
+
+
+def test_transfer_is_told_over_the_link_that_is_asked_for_or_the_first_that_a_run_names(
+    run: Run, tmp_path: Path
+) -> None:
+    without, slow = run("num_rounds=1"), run("num_rounds=1", "network={uplink_mbps: 0.1, downlink_mbps: 1}")
+    runs = [read_run(without), read_run(slow)]
+    assert common_link(runs[:1]) == USUAL and common_link(runs) == runs[1].network
+    table = write_report([without, slow], tmp_path)[1].read_text()
+    assert "over 0.1 Mbit/s up, 1 down" in table
+    asked = NetworkOptions(uplink_mbps=2, downlink_mbps=20)
+    table = write_report([without, slow], tmp_path, asked)[1].read_text()
+    assert "over 2 Mbit/s up, 20 down" in table
+    seconds = [transfer_of(result.rows, asked).seconds for result in runs]
+    assert all(f"| {value:.1f} |" in table for value in seconds)
+
+
+def test_a_complete_run_stays_complete_where_its_report_can_not_be_drawn(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = run("num_rounds=1")
+
+    def broken(*args: object) -> None:
+        raise ValueError("no font")
+
+    monkeypatch.setattr("fedkd_flwr.report.writing.draw_curves", broken)
+    with reported(directory):
+        pass
+    assert "no font" in caplog.text and str(directory) in caplog.text
 
 
 def test_a_round_note_gives_the_score_and_the_bytes_so_far() -> None:
