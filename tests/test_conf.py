@@ -31,7 +31,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "datasets"
 
 
-def with_its_data(path: Path) -> Experiment:
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what users make themselves: the ResNet of benchmarks/backbone.py, of its shape and untrained."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    folder = tmp_path_factory.mktemp("models")
+    config = ResNetConfig(
+        embedding_size=32, hidden_sizes=[32, 64, 128], depths=[2, 2, 2], layer_type="basic", num_labels=10
+    )
+    ResNetForImageClassification(config).save_pretrained(folder / "resnet_cifar10_half")
+    return folder
+
+
+def with_its_data(path: Path, models: Path) -> Experiment:
     """The experiment of a file, its data and models found beside this repository where they are not where it says."""
     experiment = load(path)
     overrides = []
@@ -39,8 +52,9 @@ def with_its_data(path: Path) -> Experiment:
         source = chosen(experiment, key)
         if source is None or Path(source).exists():
             continue
-        found = folder / BESIDE.get(source, Path(source).name)
-        if not found.exists():
+        name = BESIDE.get(source, Path(source).name)
+        found = next((each / name for each in (folder, models) if (each / name).exists()), None)
+        if found is None:
             pytest.skip(f"{source!r}, {key} of {path.name}, is not here")
         overrides.append(f"{key}={found}")
     return load(path, overrides)
@@ -73,10 +87,10 @@ def test_the_first_line_of_every_file_is_the_command_that_runs_it(path: Path) ->
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_file_builds_its_task_for_all_its_clients_and_its_algorithm(
-    path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, cache: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
-    experiment = with_its_data(path)
+    experiment = with_its_data(path, models)
     task = experiment.build_task()
     last = task.client_data(experiment.num_clients - 1)
     assert len(last.train) > 0
