@@ -68,13 +68,18 @@ def read_labels(
 ) -> Labels:
     """The label of each row, from a column of whole numbers, of texts, or of the library's ClassLabel.
 
+    Where names are numbers, as those of grades are, a whole number is the class of that name, so that it makes no
+    difference whether a file holds text or numbers; else it is a class's place in the order, from 0. A truth value is
+    the class called true or false, if there is one, else 1 or 0.
+
     Args:
         train: the training split.
         test: the test split.
         column: holds the labels.
         names: of the classes, in order; None takes those that the table names, or that the training split has. The
             names of a ClassLabel may be put into another order; other names take the place of its own, one by one.
-        renamed: whether they may. Where a node brings its data, its names must be among them instead.
+        renamed: whether they may. Where a node brings its data, its names must be among them instead, truth values
+            included.
 
     Raises:
         ValueError: if the column is something else, or a label is none of the classes.
@@ -95,6 +100,8 @@ def read_labels(
         )
     if own is not None and tuple(own) != classes and (set(own) == set(classes) or not renamed):
         of_train, of_test = ([_named(value, own) for value in values] for values in (of_train, of_test))
+    if own is None:
+        of_train, of_test = (_by_name(values, classes, column, renamed) for values in (of_train, of_test))
     of_both = ((of_train, train), (of_test, test))
     return Labels(classes, *(_indices(values, classes, column, str(table.split)) for values, table in of_both))
 
@@ -109,6 +116,32 @@ def _whole(value: Any) -> Any:
 def _named(value: Any, names: Sequence[str]) -> Any:
     """A number of a ClassLabel by its name; what is none of them stays, and is refused later."""
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def _by_name(values: Sequence[Any], classes: Sequence[str], column: str, renamed: bool) -> list[Any]:
+    """Numbers and truth values by the names that they have among the classes; all else, and other numbers, as it is."""
+    numbers = {name for place, name in enumerate(classes) if name.isdecimal() and name != str(place)}
+    truths = {name.casefold(): name for name in classes}
+    all_numbers = all(name.isdecimal() for name in classes)
+    named = []
+    for value in values:
+        if isinstance(value, bool):
+            if str(value).casefold() not in truths and not renamed:
+                raise ValueError(
+                    f"task.data.columns.label: {column!r} has the truth value {value}; task.label_names has "
+                    f"{', '.join(classes)}; store these names, or numbers from 0 in this order"
+                )
+            named.append(truths.get(str(value).casefold(), int(value)))
+        elif isinstance(value, int) and numbers:
+            if not all_numbers and str(value) in numbers:
+                raise ValueError(
+                    f"task.data.columns.label: {column!r} has {value}, which may be the class called {value} or the "
+                    f"class in place {value} of {', '.join(classes)}; name all classes by numbers, or none"
+                )
+            named.append(str(value) if all_numbers else value)
+        else:
+            named.append(value)
+    return named
 
 
 def _classes(feature: Any, values: Sequence[Any], column: str) -> tuple[str, ...]:
@@ -296,7 +329,11 @@ class ClientRows:
 
     def report(self, labels: Labels, notes: Sequence[str]) -> DataReport:
         """How the labels of the training split lie among the clients, and which classes lack any; see `DataReport`."""
-        counts = label_counts(labels.train, [rows.tolist() for rows in self.train], len(labels.names))
+        # A node's own data stands for each client: it is counted once.
+        distinct = {id(rows): rows for rows in self.train}
+        of_each = label_counts(labels.train, [rows.tolist() for rows in distinct.values()], len(labels.names))
+        counted = dict(zip(distinct, of_each, strict=True))
+        counts = tuple(counted[id(rows)] for rows in self.train)
         if self._elsewhere:
             return DataReport(labels.names, counts, tuple(notes))
         return DataReport(labels.names, counts, (*notes, *_class_notes(labels.names, counts), *client_notes(counts)))

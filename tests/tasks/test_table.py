@@ -58,6 +58,42 @@ def test_truth_values_are_two_classes() -> None:
     assert read([True, False], [True]) == (("0", "1"), [1, 0], [1])
 
 
+@pytest.mark.parametrize("renamed", [True, False])
+@pytest.mark.parametrize(
+    ("names", "as_text", "otherwise"),
+    [
+        (("1", "2", "3"), ["1", "3", "2"], [1, 3, 2]),
+        (("1", "2", "3"), ["1", "3", "2"], [1.0, 3.0, 2.0]),
+        (("2", "1", "0"), ["2", "0", "1"], [2, 0, 1]),
+        (("True", "False"), ["True", "False", "False"], [True, False, False]),
+        (("true", "false"), ["true", "false", "false"], [True, False, False]),
+    ],
+)
+def test_a_label_is_the_same_class_whether_a_file_holds_text_or_numbers_or_truth_values(
+    names: tuple[str, ...], as_text: list[Any], otherwise: list[Any], renamed: bool
+) -> None:
+    texts, others = table("train", label=as_text), table("train", label=otherwise)
+    expected = [names.index(name) for name in as_text]
+    assert read_labels(texts, texts, "label", names, renamed=renamed).train.tolist() == expected
+    assert read_labels(others, others, "label", names, renamed=renamed).train.tolist() == expected
+
+
+def test_a_number_that_may_be_a_name_or_a_place_is_refused() -> None:
+    text = refusal([0, 1], [0], ("none", "2", "1"))
+    assert "'label' has 1, which may be the class called 1 or the class in place 1 of none, 2, 1;" in text
+    assert read([0, 3], [0], ("none", "2", "1", "more")) == (("none", "2", "1", "more"), [0, 3], [0])
+
+
+def test_a_number_that_is_no_name_where_all_names_are_numbers_is_refused() -> None:
+    assert "'0' in row 0 of split 'train'" in refusal([0, 1], [1], ("1", "2"))
+
+
+def test_truth_values_of_a_node_are_refused_where_no_class_is_called_so() -> None:
+    rows = table("train", label=[True, False])
+    with pytest.raises(ValueError, match=r"has the truth value True; task\.label_names has yes, no; store"):
+        read_labels(rows, rows, "label", ("yes", "no"), renamed=False)
+
+
 @pytest.mark.parametrize(("train", "test"), [([1, 0], [1]), (["y", "x"], ["y"]), ([1.0, 0.0], [1.0])])
 def test_names_that_are_given_order_texts_and_name_numbers(train: list[Any], test: list[Any]) -> None:
     assert read(train, test, ("x", "y")) == (("x", "y"), [1, 0], [1])
