@@ -18,6 +18,7 @@ from rich.table import Table
 
 import fedkd_flwr
 from fedkd_flwr.cli_deploy import deploy
+from fedkd_flwr.core.protocols import DataElsewhereError
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, Experiment, baselines_of, load
 from fedkd_flwr.flower.budget import check_accounting
 from fedkd_flwr.flower.cluster import joined_cluster
@@ -25,6 +26,7 @@ from fedkd_flwr.flower.deployment import run_demo
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.inventory import delete_state, kept_states
 from fedkd_flwr.flower.launcher import launch
+from fedkd_flwr.flower.processes import ENDING
 from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.flower.server import check_resumable
 from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
@@ -214,6 +216,13 @@ def check(conf: Config, overrides: Overrides = None, output_dir: Output = None) 
     figure = _root(experiment, output_dir) / experiment.name / PARTITION_FILE
     try:
         expected = forecast(experiment)
+    except DataElsewhereError:
+        out.print(
+            f"{conf}: valid; its data is on the nodes, so nothing can be drawn or predicted here",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
     except ValueError as error:
         raise ConfigError(f"a client's first round failed: {error}") from error
     runtime = runtime_of(experiment)
@@ -253,7 +262,9 @@ def main() -> None:
     """Entry point: one line for an error, and an exit status that can be relied on."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # As Ctrl-C: whoever ends this process means the run, and the SuperLink that it started.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in ENDING[1:]:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means that the run goes on
+            signal.signal(number, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)  # typer turns Ctrl-C and typer.Exit into this
     except ConfigError as error:

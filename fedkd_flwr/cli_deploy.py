@@ -9,6 +9,7 @@ from rich.console import Console
 from fedkd_flwr.experiment import ConfigError
 from fedkd_flwr.flower.certificates import CA_DAYS, make_certificates, make_node_key
 from fedkd_flwr.flower.commands import Commands, add_connection, require_connection
+from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.settings import flower_home
 
 deploy = typer.Typer(invoke_without_command=True)
@@ -55,6 +56,13 @@ def register(
         raise ConfigError(f"{str(missing[0])!r} does not exist; give the .pub file of a node's key")
     require_connection(flower_home(), name)
     flower = Commands(flower_home(), name)
+    refused = []
     for key in keys:
-        node = flower.register(key.resolve(), key.stem)
-        out.print(f"{key.stem}: node {node}", highlight=False, markup=False, soft_wrap=True)
+        try:
+            said = f"node {flower.register(key.resolve(), key.stem)}"
+        except RunError as error:
+            refused.append(key.stem)
+            said = str(error)
+        out.print(f"{key.stem}: {said}", highlight=False, markup=False, soft_wrap=True)
+    if refused:
+        raise RunError(f"{len(refused)} of {len(keys)} were not registered: {', '.join(refused)}")

@@ -9,6 +9,8 @@ import pytest
 
 from fedkd_flwr import cli
 from fedkd_flwr.experiment import CONFIG_FILE
+from fedkd_flwr.flower.commands import Commands
+from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.store import REFERENCES_DIR, ClientStore
 from fedkd_flwr.measure.summary import SUMMARY_FILE, read_summary
 from tests.conftest import SMALL, Run, small
@@ -467,6 +469,26 @@ def test_a_mistake_in_deploying_gives_one_line_exit_2_and_no_files(
     assert said.startswith(f"fedkd: {says.format(home=tmp_path / 'home')}")
     assert "\n" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
+
+
+def test_one_key_that_is_refused_does_not_keep_the_others_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def register(flower: Commands, key: Path, name: str) -> str:
+        if name == "a":
+            raise RunError("a.pub was not registered: Key in use")
+        return "17"
+
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(Commands, "register", register)
+    keys = [tmp_path / name for name in ("a.pub", "b.pub")]
+    for key in (*keys, tmp_path / "ca.crt"):
+        key.write_text("")
+    assert fedkd("deploy", "connection", "site", "a:8000", str(tmp_path / "ca.crt")) == 0
+    assert fedkd("deploy", "register", "site", *map(str, keys)) == 1
+    said = capsys.readouterr()
+    assert "a: a.pub was not registered: Key in use\nb: node 17\n" in said.out
+    assert said.err == "fedkd: 1 of 2 were not registered: a\n"
 
 
 def test_certificates_keys_and_connection_are_made_by_one_command_each(

@@ -50,6 +50,10 @@ class Examples(Protocol):
         """All examples once, in batches; shuffled by `seed`, in order when it is None."""
 
 
+class DataElsewhereError(ValueError):
+    """A client's data is on a node, not where it was asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClientData:
     """What one client holds.

@@ -65,7 +65,7 @@ def write_archive(path: Path, kind: str, archive: Archive) -> None:
         os.replace(partial, path)
         make_durable(path.parent)  # the rename itself
     except (OSError, SafetensorError) as error:
-        raise ArchiveError(f"{path.name} can't be written: {error}") from error
+        raise ArchiveError(f"{path.name} can't be written: {reason_without_place(error, path)}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -88,9 +88,9 @@ def read_archive(path: Path, kind: str) -> Archive:
             raise ArchiveError(f"{path.name} is damaged: its checksum differs")
         return Archive(json.loads(facts), arrays)
     except FileNotFoundError as error:  # it was there a moment ago
-        raise OSError(f"{path.name} can't be opened: {error}") from error
+        raise OSError(f"{path.name} can't be opened") from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ArchiveError(f"{path.name} is damaged: {error}") from error
+        raise ArchiveError(f"{path.name} is damaged: {reason_without_place(error, path)}") from error
 
 
 def read_facts(path: Path, kind: str) -> dict[str, Any]:
@@ -101,9 +101,15 @@ def read_facts(path: Path, kind: str) -> dict[str, Any]:
             facts: dict[str, Any] = json.loads(_header(file.metadata(), kind)[_FACTS])
             return facts
     except FileNotFoundError as error:  # it was there a moment ago
-        raise OSError(f"{path.name} can't be opened: {error}") from error
+        raise OSError(f"{path.name} can't be opened") from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ArchiveError(f"{path.name} is damaged: {error}") from error
+        raise ArchiveError(f"{path.name} is damaged: {reason_without_place(error, path)}") from error
+
+
+def reason_without_place(error: Exception, path: Path) -> str:
+    """What went wrong with a file, not where it lies: a node's reasons are read by the server."""
+    text = error.strerror if isinstance(error, OSError) else None
+    return (text or str(error)).replace(f"{path.parent}/", "")
 
 
 def make_durable(path: Path) -> None:

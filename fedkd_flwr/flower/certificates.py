@@ -77,6 +77,8 @@ def make_node_key(path: Path) -> Path:
     Raises:
         ConfigError: if either is there already, or can't be written.
     """
+    if not path.name:
+        raise ConfigError(f"{str(path)!r} is a folder; give the name of a file for the private key")
     public = path.with_name(path.name + PUBLIC_SUFFIX)
     for file in (path, public):
         _refuse_to_overwrite(file)
@@ -179,7 +181,11 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _refuse_to_overwrite(file: Path) -> None:
-    if file.exists():
+    try:
+        there = file.exists()
+    except OSError as error:
+        raise ConfigError(f"{str(file)!r} can't be looked at: {error.strerror}") from error
+    if there:
         raise ConfigError(f"{str(file)!r} is there already; move it away first")
 
 
@@ -198,6 +204,11 @@ def _write(file: Path, content: bytes, mode: int) -> None:
     """Write a file that is new and has its mode from the first moment."""
     try:
         with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as opened:
-            opened.write(content)
+            try:
+                opened.write(content)
+                opened.flush()
+            except OSError:
+                file.unlink()  # half a key would be taken for one
+                raise
     except OSError as error:
         raise ConfigError(f"{str(file)!r} can't be written: {error.strerror}") from error

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedkd_flwr.experiment import ConfigError, Experiment
 from fedkd_flwr.flower.errors import RunError
-from fedkd_flwr.flower.processes import POLL_SECONDS, end, environment, start
+from fedkd_flwr.flower.processes import POLL_SECONDS, Children, environment
 from fedkd_flwr.flower.settings import APP_FILES, code_digest
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Listener
 from fedkd_flwr.measure.summary import read_summary
@@ -24,6 +24,7 @@ from fedkd_flwr.measure.summary import read_summary
 RUN_LOG = "run.log"
 CONFIG_FILE = "config.toml"
 _COMMAND_SECONDS = 300.0
+_SHOWN_CHARACTERS = 300  # of an answer that is no JSON
 
 
 def check_app(app_dir: Path) -> None:
@@ -60,7 +61,9 @@ def add_connection(home: Path, name: str, address: str, root_certificates: Path 
         rows |= {"root-certificates": str(root_certificates.resolve())} if root_certificates else {"insecure": True}
         section = "".join(f"{key} = {toml(value)}\n" for key, value in rows.items())
         home.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{text.rstrip()}\n\n[superlink.{toml(name)}]\n{section}", encoding="utf-8")
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text(f"{text.rstrip()}\n\n[superlink.{toml(name)}]\n{section}", encoding="utf-8")
+        partial.replace(file)
     except OSError as error:
         raise ConfigError(f"{str(file)!r} can't be written: {error.strerror}") from error
     except ValueError as error:
@@ -188,14 +191,12 @@ class Commands:
         run_dir.mkdir(parents=True, exist_ok=True)
         tail = _Tail(run_dir / LEDGER_FILE, listener)
         command = ("flwr", "log", str(run_id), self._connection, "--stream")
-        log = start("flwr log", command, self._home, run_dir / RUN_LOG)
-        try:
+        with Children() as children:
+            log = children.start("flwr log", command, self._home, run_dir / RUN_LOG)
             while log.running:
                 check()
                 tail.read()
                 time.sleep(POLL_SECONDS)
-        finally:
-            end([log.process])
         tail.read()
 
     def _ask(self, *command: str) -> dict[str, Any]:
@@ -214,10 +215,12 @@ class Commands:
         except OSError as error:
             raise RunError(f"{command[0]} can't be started: {error.strerror}") from error
         first = done.stdout.find("{")  # a line of text may come first
-        if first < 0:
-            text = (done.stderr or done.stdout).strip()
-            raise RunError(f"{shlex.join(command[:2])}: {' '.join(text.split())[-300:] or 'no answer'}")
-        answer: dict[str, Any] = json.loads(done.stdout[first:])
+        try:
+            answer: dict[str, Any] = json.loads(done.stdout[first:] if first >= 0 else "")
+        except ValueError:
+            text = " ".join((done.stderr or done.stdout).split())
+            shown = text if len(text) <= _SHOWN_CHARACTERS else f"... {text[-_SHOWN_CHARACTERS:]}"
+            raise RunError(f"{shlex.join(command[:2])}: {shown or 'no answer'}") from None
         return answer
 
 

@@ -180,8 +180,8 @@ class Exchange(Strategy):
             return
         wanted = self._options.min_available or num_clients
         remedy = (
-            f"start as many SuperNodes (in simulation: --federation-config 'num-supernodes={num_clients}'), or lower "
-            f"{'server.min_available' if self._options.min_available else 'num_clients'}"
+            f"start as many SuperNodes (in simulation: --federation-config 'num-supernodes={num_clients}'), or to "
+            f"begin with fewer {'lower' if self._options.min_available else 'set'} server.min_available"
         )
         self._reception.require(grid, self._round, wanted, remedy, present=True)
 

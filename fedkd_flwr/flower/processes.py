@@ -23,6 +23,9 @@ _STOP_SECONDS = 20.0
 _LEFT_OVER_SECONDS = 5.0
 _TAIL_CHARACTERS = 500
 
+# By a key, by an init system, by a terminal that is closed.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def environment(home: Path) -> dict[str, str]:
     """What Flower's commands are given: a home of their own, this installation's programs, one thread, no traps."""
@@ -92,7 +95,7 @@ class Children:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End all, the youngest first; a second Ctrl-C has to wait."""
-        with _interrupts_wait():
+        with interrupts_wait():
             end([child.process for child in reversed(self._servers)])
 
     def start(self, name: str, command: Sequence[str], home: Path, log: Path) -> Child:
@@ -107,8 +110,9 @@ class Children:
         Raises:
             RunError: if there is no such program.
         """
-        child = start(name, command, home, log)
-        self._servers.append(child)
+        with interrupts_wait():  # or a process would run that nobody knows of
+            child = start(name, command, home, log)
+            self._servers.append(child)
         return child
 
     def require_running(self) -> None:
@@ -138,15 +142,18 @@ class Children:
 
 
 @contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block has ended; only the main thread can, and only it is interrupted."""
+def interrupts_wait() -> Iterator[None]:
+    """Hold back what ends a run until the block has ended; only the main thread can, and only it is interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     caught: list[int] = []
     # Handlers, not a mask: a mask is one thread's, and the signal would reach another.
     before = {
-        number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, lambda n, _: caught.append(n))
+        for number in ENDING
+        if signal.getsignal(number)
+        is not signal.SIG_IGN  # what nohup or a shell's background has switched off stays so
     }
     try:
         yield

@@ -227,4 +227,5 @@ def _directory(value: object) -> Path | None:
 
 def flower_home() -> Path:
     """Where Flower keeps what is its own, and we our results and state unless told otherwise."""
-    return Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser()
+    # Resolved: Flower's commands are run in that folder.
+    return Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser().resolve()

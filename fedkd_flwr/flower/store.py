@@ -31,7 +31,14 @@ import numpy as np
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.modules import prefixed, without_prefix
 from fedkd_flwr.experiment import NAME_PATTERN
-from fedkd_flwr.flower.archive import Archive, ArchiveError, read_archive, read_facts, write_archive
+from fedkd_flwr.flower.archive import (
+    Archive,
+    ArchiveError,
+    read_archive,
+    read_facts,
+    reason_without_place,
+    write_archive,
+)
 from fedkd_flwr.flower.errors import StateError
 from fedkd_flwr.flower.reference import DECODER, SHARED, snapshot_arrays
 
@@ -144,7 +151,9 @@ class ClientStore:
             for directory in (self.directory, self._references):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise StateError(f"state directory {str(self.directory)!r} can't be made: {error.strerror}") from error
+            # Where it is, is said here: the server reads what is raised.
+            _log.error("%s can't be made: %s", self.directory, error.strerror)
+            raise StateError(f"state-dir: no directory can be made in it: {error.strerror}") from None
 
     def load(self) -> ClientState | None:
         """The last committed state; None where there is none, or nothing of it can be read.
@@ -162,13 +171,13 @@ class ClientStore:
             except FileNotFoundError:
                 return self._salvage()
             except OSError as error:
-                raise StateError(f"client state can't be read: {error}") from error
+                raise StateError(f"client state can't be read: {self._reason(error)}") from None
             except ArchiveError as error:
                 _log.warning("client %s: %s", self.directory.name, error)
                 self._set_aside(path)
                 return self._salvage()
             if (found := archive.facts["training_id"]) != self._training_id:
-                raise StateError(f"{str(path)!r} is of training {found}, not of {self._training_id}; delete it")
+                raise StateError(f"{path.name!r} is of training {found}, not of {self._training_id}; delete it")
             state = _state(archive)
             own = self._reference(state.lineage)
             try:
@@ -189,11 +198,15 @@ class ClientStore:
             return None
         return ClientState(UNKNOWN_VERSION, bytes(32), {}, _state(archive).private, {}, {}, {})
 
+    def _reason(self, error: Exception) -> str:
+        """What the server may read of an error of this disk."""
+        return reason_without_place(error, self.directory / STATE_FILE)
+
     def _set_aside(self, path: Path) -> None:
         try:
             os.replace(path, path.with_suffix(DAMAGED_SUFFIX))
         except OSError as error:
-            raise StateError(f"damaged client state can't be set aside: {error}") from error
+            raise StateError(f"damaged client state can't be set aside: {self._reason(error)}") from None
 
     def _drop_reference(self, own: Path) -> None:
         pooled = self._references / own.name.removeprefix("reference-")
@@ -224,7 +237,7 @@ class ClientStore:
                 write_archive(path, FORMAT, _archive(following, self._training_id))
                 self._forget_references(state.lineage)
             except (OSError, ArchiveError) as error:
-                raise StateError(f"client state can't be written: {error}") from error
+                raise StateError(f"client state can't be written: {self._reason(error)}") from None
         return following
 
     def _generation(self) -> int:
@@ -233,7 +246,7 @@ class ClientStore:
         except (FileNotFoundError, ArchiveError):
             return 0
         except OSError as error:
-            raise StateError(f"client state can't be read: {error}") from error
+            raise StateError(f"client state can't be read: {self._reason(error)}") from None
 
     # Shared arrays, once on this machine for each version
 
@@ -286,7 +299,7 @@ class ClientStore:
         try:
             descriptor = os.open(self.directory / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:
-            raise StateError(f"client state can't be locked: {error.strerror}") from error
+            raise StateError(f"client state can't be locked: {error.strerror}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

@@ -66,7 +66,7 @@ class Account:
         """Add one row."""
         if row["kind"] == "message":
             self._take_message(row)
-        elif row["kind"] == "event":
+        elif row["kind"] == "event" and row["client"] != NOBODY:
             self.client(row["client"]).events.append((row["round"], row["event"]))
         elif row["kind"] in ("round", "final"):
             self._take_round(row)
@@ -96,7 +96,7 @@ class Account:
             client.version = row["local_version"]
         for rejection in row.get("rejected", ()):
             self.rejected.setdefault(rejection["kind"], Counter())[rejection["reason"]] += 1
-            if rejection["client"] != SERVER:
+            if rejection["client"] not in (SERVER, NOBODY):
                 self.client(rejection["client"]).num_rejected += 1
         self.num_online = row.get("online")
         self.offline = row.get("offline", [])

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from torch import Tensor, float32, tensor
 
-from fedkd_flwr.core.protocols import DataReport
+from fedkd_flwr.core.protocols import DataElsewhereError, DataReport
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.partition import (
     AnyPartition,
@@ -306,11 +306,12 @@ class ClientRows:
         The second are of the training split too, unless `scores_on_test`.
 
         Raises:
-            ValueError: if there is no such client, or its data is on a node of its own.
+            DataElsewhereError: if its data is on a node of its own.
+            ValueError: if there is no such client.
         """
         require_client(client, len(self))
         if self._elsewhere:
-            raise ValueError(
+            raise DataElsewhereError(
                 "task.partition: own leaves the data to the nodes, and there is none here; "
                 "give nodes a data-path, or choose another partition to simulate them"
             )

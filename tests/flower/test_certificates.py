@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 
 from fedkd_flwr.experiment import ConfigError
 from fedkd_flwr.flower.certificates import make_certificates, make_node_key
+from tests.flower.test_archive import full_disk
 
 PRIVATE = ("ca.key", "server.key", "superexec.secret")
 PUBLIC = ("ca.crt", "server.crt")
@@ -123,6 +124,18 @@ def test_a_node_key_is_not_overwritten(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="there already"):
         make_node_key(tmp_path / "node1")
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("path", [".", "/"])
+def test_a_node_key_needs_a_name(path: str) -> None:
+    with pytest.raises(ConfigError, match="is a folder; give the name of a file for the private key"):
+        make_node_key(Path(path))
+
+
+def test_a_disk_that_is_full_leaves_no_half_of_a_secret(tmp_path: Path) -> None:
+    with full_disk(10), pytest.raises(ConfigError, match="can't be written: File too large"):
+        make_node_key(tmp_path / "node1")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("host", ["", "a:8000", "-a", "a_b", "999.1.1.1", "a..b", "http://a"])

@@ -9,6 +9,8 @@ from fedkd_flwr.experiment import ConfigError
 from fedkd_flwr.flower.commands import Commands, add_connection
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.processes import environment
+from fedkd_flwr.flower.settings import flower_home
+from tests.flower.test_archive import full_disk
 
 
 def connections(home: Path) -> dict[str, object]:
@@ -67,6 +69,31 @@ def test_a_refused_registration_says_why(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(flower, "_ask", lambda *_: {"success": False, "error-message": said})
     with pytest.raises(RunError, match=r"^node1\.pub was not registered: \[code: 23\] Key in use$"):
         flower.register(tmp_path / "node1.pub", "node1")
+
+
+def test_an_answer_that_is_no_json_is_told_from_its_end(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "flwr"
+    program.write_text(f"#!/bin/sh\necho 'begin {'x ' * 300} {{no}} end'\n")
+    program.chmod(0o700)
+    with pytest.raises(RunError, match=r"^\S*flwr ls: \.\.\. x x .* \{no\} end$"):
+        Commands(tmp_path, "dep")._ask(str(program), "ls")
+
+
+def test_a_connection_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_connection(tmp_path, "first", "a:1", None)
+    before = (tmp_path / "config.toml").read_text()
+    with full_disk(20), pytest.raises(ConfigError, match="can't be written: File too large"):
+        add_connection(tmp_path, "second", "b:1", None)
+    assert (tmp_path / "config.toml").read_text() == before
+
+
+def test_flowers_home_is_absolute_because_its_commands_run_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLWR_HOME", "home")
+    assert flower_home() == tmp_path / "home"
 
 
 def test_a_proxy_is_not_asked_for_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

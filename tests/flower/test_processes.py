@@ -5,11 +5,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fedkd_flwr.flower import processes
 from fedkd_flwr.flower.errors import RunError
-from fedkd_flwr.flower.processes import Children, free_ports
+from fedkd_flwr.flower.processes import ENDING, Child, Children, free_ports
 
 SLEEP = "import time; time.sleep(600)"
 # Starts a process of its own, says its id, and dies of SIGTERM without ending it.
@@ -70,6 +72,29 @@ def test_a_second_interrupt_comes_after_all_have_ended(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), children:  # it interrupts us while we end it
         pass
     assert not alive(child.process.pid)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", ENDING)
+def test_an_interrupt_while_a_child_starts_does_not_lose_it(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Child] = []
+    really_start = processes.start
+
+    def start(*arguments: Any) -> Child:
+        started.append(really_start(*arguments))
+        signal.raise_signal(number)
+        return started[0]
+
+    before = signal.signal(number, signal.default_int_handler)
+    monkeypatch.setattr(processes, "start", start)
+    try:
+        with pytest.raises(KeyboardInterrupt), Children() as children:
+            children.start("sleeper", [sys.executable, "-c", SLEEP], tmp_path, tmp_path / "log")
+    finally:
+        signal.signal(number, before)
+    assert not alive(started[0].process.pid)
 
 
 def test_a_child_that_ended_is_named_with_what_it_said(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -316,10 +317,33 @@ def test_a_full_disk_leaves_the_last_state_with_its_reference(store: ClientStore
     assert store.commit(larger).generation == 2
 
 
-def test_a_state_directory_that_cannot_be_made_is_refused() -> None:
+def test_a_state_directory_that_cannot_be_made_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     for root in ("/proc", "/dev/null"):
-        with pytest.raises(StateError, match="can't be made"):
+        with pytest.raises(StateError, match="state-dir: no directory can be made in it") as caught:
             ClientStore(Path(root) / "state", TRAINING, "a")
+        assert root not in str(caught.value)
+        assert f"{root}/state/{TRAINING}" in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["open", "save_file", "flock"])
+def test_what_the_server_reads_of_a_disk_does_not_say_where_it_is(
+    stage: str, store: ClientStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.commit(STATE)
+
+    def refused(*arguments: object, **_: object) -> None:
+        raise OSError(5, "Input/output error", str(store.directory / STATE_FILE))
+
+    target = {
+        "open": "pathlib.Path.open",
+        "save_file": "fedkd_flwr.flower.archive.save_file",
+        "flock": "os.open",
+    }[stage]
+    monkeypatch.setattr(target, refused)
+    with pytest.raises(StateError, match="Input/output error") as caught:
+        store.commit(at(5, replace(STATE, generation=1)))
+    report = "".join(traceback.format_exception(caught.value)).splitlines()
+    assert not any(str(store.directory) in line for line in report if not line.startswith("  "))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

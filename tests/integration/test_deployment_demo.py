@@ -59,9 +59,13 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 
 
 def left_over(directory: Path) -> list[str]:
-    """Command lines of processes that name the directory, and files of the demo's temporary home."""
-    found = [_read(path) for path in Path("/proc").glob("[0-9]*/cmdline")]
-    lines = [line for line in found if str(directory) in line and "pytest" not in line]
+    """Processes that name the directory in their command line or environment, and files of the demo's home."""
+    found = [
+        _read(path / "cmdline")
+        for path in Path("/proc").glob("[0-9]*")
+        if any(str(directory) in _read(path / of) for of in ("cmdline", "environ"))
+    ]
+    lines = [line for line in found if "pytest" not in line]
     return lines + [str(path) for path in (directory / "tmp").iterdir()]
 
 

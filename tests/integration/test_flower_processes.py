@@ -39,15 +39,16 @@ def test_a_simulation_that_fails_is_exit_1_with_the_reason(conf: Path, tmp_path:
     assert "first reason" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_termination_stop_the_run_and_leave_no_process(
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_command_stops_the_run_and_leave_no_process(
     number: signal.Signals, conf: Path, tmp_path: Path
 ) -> None:
+    marker = str(tmp_path / "out")
     command = [str(BIN / "fedkd"), "run", str(conf), "--output-dir", str(tmp_path / "out"), "--set", "num_rounds=5000"]
     process = subprocess.Popen(
         command,
         cwd=tmp_path,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {"MARKER": marker},
         # A shell without job control starts what runs in its background with SIGINT ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -60,9 +61,8 @@ def test_ctrl_c_and_termination_stop_the_run_and_leave_no_process(
     finally:
         process.kill()
     time.sleep(3)
-    marker = str(tmp_path / "out")
-    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if marker in _read(p)]
-    assert not left
+    processes = Path("/proc").glob("[0-9]*")
+    assert [p for p in processes if marker in _read(p / "cmdline") + _read(p / "environ")] == []
 
 
 def _read(path: Path) -> str:

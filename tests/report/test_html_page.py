@@ -12,6 +12,7 @@ import pytest
 
 from fedkd_flwr.measure.ledger import LEDGER_FILE
 from fedkd_flwr.report import read_run, reported, write_report
+from fedkd_flwr.report.account import NOBODY, account_of
 from fedkd_flwr.report.charts import MOST_DOTS, Axes, Series, _ticks, bar_chart, line_chart
 from fedkd_flwr.report.html_page import PAGE_FILE, html_page
 from tests.conftest import Run
@@ -188,6 +189,18 @@ def test_rejected_replies_are_counted_by_kind_and_reason_and_many_reasons_are_cu
     assert "and 40 other reasons" in page.text
     assert "3 times: " + "x" * 400 + "…" in page.text
     assert "x" * 401 not in page.text
+
+
+def test_a_node_that_has_not_said_who_it_is_is_no_client_of_the_page() -> None:
+    rejection = {"kind": "hello", "client": NOBODY, "reason": "r"}
+    found = account_of(
+        [
+            {"kind": "event", "client": NOBODY, "round": 1, "event": "refused"},
+            {"kind": "round", "round": 1, "skipped": True, "rejected": [rejection]},
+        ]
+    )
+    assert found.clients == {}
+    assert found.rejected["hello"]["r"] == 1
 
 
 def test_two_hundred_clients_are_rows_of_one_table_that_scrolls(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from datasets import ClassLabel, Features, Value
 from flwr.app import Context, RecordDict
 
 import client_app
+from fedkd_flwr import cli
 from fedkd_flwr.core.protocols import Task, score_of
 from fedkd_flwr.experiment import ConfigError, Experiment, parse
 from fedkd_flwr.flower.client import client_of
@@ -252,6 +253,17 @@ def test_a_site_that_can_not_be_used_is_refused_and_the_others_train(experiment:
     # What a client says of itself never names where its data is.
     said = json.dumps([row for row in rows if row["kind"] != "start"])
     assert all(str(tmp_path / site) not in said for site in sites)
+
+
+def test_an_experiment_whose_data_is_on_the_nodes_can_be_checked(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf = tmp_path / "sites.yaml"
+    conf.write_text(experiment.to_yaml())
+    cli.check(conf, output_dir=tmp_path / "out")
+    assert "valid; its data is on the nodes" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"num_clients"):
+        cli.check(conf, ["num_clients=0"], tmp_path / "out")
 
 
 @pytest.mark.parametrize("spoilt", ["file", "pixels"])
