@@ -186,6 +186,7 @@ class Algorithm:
         notes: one line each: what leaves a client beyond what its name says.
         foundations: gives digests, by name, of what nodes must have alike and are never sent, such as a frozen
             backbone. A node with another one is not taken in.
+        first_upload_bytes: of a client's first payload that later ones don't have.
     """
 
     exchanges: Exchanges
@@ -197,6 +198,7 @@ class Algorithm:
     make_aggregator: Callable[[], Aggregator] | None = None
     notes: tuple[str, ...] = ()
     foundations: Callable[[], Mapping[str, bytes]] = dict
+    first_upload_bytes: int = 0
 
 
 class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):

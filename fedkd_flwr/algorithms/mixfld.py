@@ -125,6 +125,7 @@ class MixFldOptions(AlgorithmOptions):
             *num_parameters(models),
             make_aggregator=GatheredSeeds,
             notes=(note,),
+            first_upload_bytes=shared.up.mixtures_bytes,
         )
 
 

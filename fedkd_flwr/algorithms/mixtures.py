@@ -18,6 +18,7 @@ from fedkd_flwr.core.arrays import Array, Arrays, Spec, TensorSpec, require_fini
 SEEDS, MINOR, MAJOR, DEVICE = "seeds", "minor", "major", "device"
 NO_LABEL = -1
 _LEVELS = 255
+_SCALE_BYTES = 8  # two numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,13 @@ class SeededOutputsCodec:
             TensorSpec(MAJOR, (num_seeds,)),
         )
 
+    @property
+    def mixtures_bytes(self) -> int:
+        """Bytes that all mixtures of a client take in a payload."""
+        return _SCALE_BYTES + self._num_seeds * (
+            int(np.prod(self._shape, dtype=np.int64)) + 2 * len(varint(self._num_labels - 1))
+        )
+
     def initial_state(self) -> Arrays:
         """Nothing is kept."""
         return {}
@@ -156,7 +164,7 @@ class SeededOutputsCodec:
             raise ValueError(f"at most {self._num_seeds} mixtures may be sent, got {count}")
         mixtures = None
         if count:
-            low, scale = np.frombuffer(reader.take(8), "<f4").astype(np.float64)
+            low, scale = np.frombuffer(reader.take(_SCALE_BYTES), "<f4").astype(np.float64)
             labels = np.array([[reader.varint(), reader.varint()] for _ in range(count)])
             if (labels >= self._num_labels).any() or (labels[:, 0] == labels[:, 1]).any():
                 raise ValueError(f"a mixture needs two different labels below {self._num_labels}")

@@ -40,7 +40,8 @@ class Forecast:
     """Bytes expected of one client in one round.
 
     Attributes:
-        uplink_bytes: its reply, the largest of those tried.
+        uplink_bytes: its reply, the largest of those tried, without what only the first has.
+        first_bytes: what that has besides, see `Algorithm.first_upload_bytes`.
         downlink_bytes: its instruction with the broadcast that their updates gave.
         broadcast_share: the broadcast's payload as a share of a dense float32 copy of what is exchanged; None where
             nothing is.
@@ -56,6 +57,7 @@ class Forecast:
     """
 
     uplink_bytes: int
+    first_bytes: int
     downlink_bytes: int
     broadcast_share: float | None
     dense_bytes: int
@@ -70,13 +72,16 @@ class Forecast:
 
     def describe(self) -> str:
         """One line for a person."""
-        total = (self.uplink_bytes + self.downlink_bytes) * self.num_clients * self.num_rounds / KILOBYTE**2
+        of_client = (self.uplink_bytes + self.downlink_bytes) * self.num_rounds + self.first_bytes
+        total = of_client * self.num_clients / KILOBYTE**2
         text = (
             f"about {self.uplink_bytes / KILOBYTE:.1f} kB up and {self.downlink_bytes / KILOBYTE:.1f} kB down per "
             f"client and round (FedAvg of the teacher: {self.dense_bytes / KILOBYTE:.1f} kB each way), {total:.1f} MB "
             f"in {self.num_rounds} rounds of {self.num_clients} clients; measured on first updates of "
             f"{self.num_tried} clients"
         )
+        if self.first_bytes:
+            text += f"; a client's first reply has {self.first_bytes / KILOBYTE:.1f} kB more"
         if self.network is not None:
             seconds = self.network.seconds(self.uplink_bytes, "uplink")
             seconds += self.network.seconds(self.downlink_bytes, "downlink")
@@ -117,7 +122,8 @@ def forecast(experiment: Experiment) -> Forecast:
     if broadcast is not None and runtime.wires is not None:
         share = len(broadcast) / (FLOAT_BYTES * num_elements(runtime.wires.downlink.spec))
     return Forecast(
-        uplink_bytes=max(traffic_of(up, "uplink").wire_bytes for up in ups),
+        uplink_bytes=max(traffic_of(up, "uplink").wire_bytes for up in ups) - runtime.algorithm.first_upload_bytes,
+        first_bytes=runtime.algorithm.first_upload_bytes,
         downlink_bytes=traffic_of(down, "downlink").wire_bytes,
         broadcast_share=share,
         dense_bytes=FLOAT_BYTES * runtime.algorithm.num_teacher_parameters,

@@ -1,5 +1,6 @@
 """Mixtures: made, packed, gathered, undone; and the model that the server makes of outputs."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from fedkd_flwr.compressors.identity import IdentityOptions
 from fedkd_flwr.core.arrays import Array, digest
 from fedkd_flwr.core.protocols import ClientData, Task
 from fedkd_flwr.flower.checkpoint import Checkpoints
+from fedkd_flwr.flower.forecast import forecast
 from fedkd_flwr.flower.in_process import run_in_process
 from fedkd_flwr.measure.ledger import LEDGER_FILE, read_rows
 from tests.algorithms.conftest import FIRST, LOCAL, SEED
@@ -105,6 +107,7 @@ def test_a_payload_takes_a_byte_for_each_number_of_a_mixture_and_nothing_where_t
     without_any, _ = codec().encode(upload(None), {}, progress=0.0, seed=0)
     assert len(with_some) == outputs_bytes + 1 + 8 + 3 * (2 + 4)
     assert len(without_any) == outputs_bytes + 1
+    assert codec(3).mixtures_bytes == 8 + 3 * (2 + 4)
     found, _ = codec().decode(with_some, {})
     np.testing.assert_allclose(found[SEEDS][:3], mixtures.inputs, atol=1 / 255)
     assert found[MINOR].tolist() == [0, 1, 2, -1] and found[MAJOR].tolist() == [1, 2, 0, -1]
@@ -210,6 +213,21 @@ def test_the_ledger_notes_what_left_the_clients(run: Run) -> None:
         "30 mixtures of two of its own examples, 0.1 of one and 0.9 of the other" in note for note in start["notes"]
     )
     assert any("1920 bytes" in note for note in start["notes"])
+
+
+def test_mixtures_are_forecast_once_not_in_every_round() -> None:
+    changes = ("algorithm={name: mixfld, num_seeds: 30}", "compressor={name: identity}")
+    one, many = (forecast(small(*changes, f"num_rounds={number}")) for number in (1, 10))
+    assert one.uplink_bytes == many.uplink_bytes < one.first_bytes == 8 + 30 * (64 + 2)
+    assert "a client's first reply has 2.0 kB more" in many.describe()
+
+    def total(text: str) -> float:
+        found = re.search(r"([\d.]+) MB in", text)
+        assert found
+        return float(found[1])
+
+    a_round = (many.uplink_bytes + many.downlink_bytes) * many.num_clients / 1e6
+    assert total(many.describe()) == pytest.approx(10 * a_round + many.num_clients * many.first_bytes / 1e6, abs=0.06)
 
 
 def test_a_run_that_is_resumed_ends_with_the_same_model(run: Run, tmp_path: Path) -> None:
