@@ -84,7 +84,13 @@ class PublicImageOptions(PublicOptions):
 
 
 class PublicTextOptions(PublicOptions):
-    """Public texts. Attributes: `text` and `text_pair`, their columns; null takes the names of the task's own."""
+    """Public texts.
+
+    Attributes:
+        text: their column, of texts or of lists of words, as data sets for the tagging of words have them; null takes
+            the name of the task's own.
+        text_pair: that of the second text where examples are pairs; likewise.
+    """
 
     text: str | None = Field(None, min_length=1)
     text_pair: str | None = Field(None, min_length=1)
@@ -101,9 +107,28 @@ class PublicTextOptions(PublicOptions):
             wanted[self.text_pair or text_pair] = text_pair
         for key, column in zip(("text", "text_pair"), wanted, strict=False):
             require_column(table, column, f"task.public.{key}")
-        kept = table.select_columns(list(wanted))
+        kept = _joined(table.select_columns(list(wanted)))
         renamed = {column: name for column, name in wanted.items() if column != name}
         return kept.rename_columns(renamed) if renamed else kept
+
+
+def _joined(table: "Dataset") -> "Dataset":
+    """Texts instead of lists of words."""
+    lists = [name for name, feature in table.features.items() if _dtype(getattr(feature, "feature", None)) == "string"]
+    if not lists:
+        return table
+    from datasets import Features, Value
+
+    features = Features({name: Value("string") if name in lists else table.features[name] for name in table.features})
+    return table.map(lambda rows: {name: _texts(rows[name]) for name in lists}, batched=True, features=features)
+
+
+def _texts(rows: Sequence[Sequence[str | None] | None]) -> list[str | None]:
+    return [None if words is None else " ".join(word or "" for word in words) for words in rows]
+
+
+def _dtype(feature: object) -> str:
+    return str(getattr(feature, "dtype", "")).removeprefix("large_")
 
 
 class PublicRows:

@@ -81,6 +81,15 @@ def test_texts_of_another_table_lose_their_labels_and_their_empty_rows(texts: st
     assert len(public_of(drawn)) == 2
 
 
+def test_lists_of_words_are_texts(texts: str, other: str, bert: Path, tmp_path: Path) -> None:
+    words = {"tokens": [text.split() for text in OTHER["sentence"]]}
+    split = write_splits(tmp_path / "words", words, words)
+    of_words = public_of(build_texts(texts, bert, public={"source": split, "text": "tokens"}))
+    of_texts = public_of(build_texts(texts, bert, public={"source": other, "text": "sentence"}))
+    assert len(of_words) == 3
+    assert of_words.digest() == of_texts.digest()
+
+
 def test_the_digest_is_of_the_inputs(texts: str, other: str, bert: Path, tmp_path: Path) -> None:
     changed = write_splits(
         tmp_path / "changed", OTHER | {"sentence": ["so it was bad .", *OTHER["sentence"][1:]]}, OTHER
