@@ -114,7 +114,7 @@ class AdapterStack:
         """Forget the round before."""
         self._uploads, self._heads = [], RunningMean()
 
-    def add(self, upload: Arrays, num_examples: int, loss: float | None) -> None:
+    def add(self, upload: Arrays, num_examples: int, loss: float | None, client: str = "") -> None:
         """Take one client's."""
         weight = float(num_examples) if self._weighting == "num_examples" else 1.0
         self._heads.add(without_prefix(HEAD, upload), weight)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
+import torch
 from pydantic import BaseModel
 from torch import nn
 
@@ -147,16 +148,17 @@ class Aggregator(Protocol):
     def begin(self, server_round: int) -> None:
         """Forget the uploads of the round before."""
 
-    def add(self, upload: Arrays, num_examples: int, loss: float | None) -> None:
+    def add(self, upload: Arrays, num_examples: int, loss: float | None, client: str = "") -> None:
         """Take one upload.
 
         Args:
             upload: float32, about zero where it is an update.
             num_examples: the client's training examples.
             loss: its mean training loss; None where it gave none.
+            client: its lasting name, for a rule that keeps something of each client.
 
         Raises:
-            ValueError: if the rule can't take it.
+            ValueError: if the rule can't take it, or does not believe it.
         """
 
     def result(self) -> Arrays | None:
@@ -325,3 +327,22 @@ class MeanUpdateServer:
         """Write the shared model."""
         self._shared.export(shared, directory)
         return True
+
+
+def num_classes_of(task: Task, models: Sequence[nn.Module]) -> int:
+    """Classes that all models tell apart.
+
+    Raises:
+        ValueError: if an example has several outputs, or models differ.
+    """
+    shapes = set()
+    for model in models:
+        with torch.no_grad():
+            out = task.forward(model.eval(), task.example_batch(), hidden_states=False, attentions=False)
+        shapes.add(tuple(out.logits.shape[1:]))
+    if len(shapes) > 1 or len(next(iter(shapes))) != 1:
+        raise ValueError(
+            "algorithm: what models say is exchanged, which needs one output for each class, got shapes "
+            f"{sorted(shapes)}"
+        )
+    return int(next(iter(shapes))[0])

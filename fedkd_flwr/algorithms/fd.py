@@ -9,19 +9,17 @@ the last round. Outputs are summed while training goes on, over all steps. The m
 of all and from what the client itself had sent, so one broadcast serves everybody.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedkd_flwr.algorithms.base import Algorithm, Assignment, MakeCodec, Trained, Wires, num_parameters
+from fedkd_flwr.algorithms.base import Algorithm, Assignment, MakeCodec, Trained, Wires, num_classes_of, num_parameters
 from fedkd_flwr.algorithms.label_outputs import (
-    OUTPUTS,
     ROUND,
-    WEIGHTS,
     LabelOutputs,
     LabelOutputsCodec,
     LabelOutputsMean,
@@ -36,7 +34,7 @@ from fedkd_flwr.core.losses import soft_cross_entropy, task_loss
 from fedkd_flwr.core.modules import prefixed, without_prefix
 from fedkd_flwr.core.protocols import Batch, ClientData, Models, Task
 
-_SENT = "sent/"
+_SENT, _COUNTED = "sent/", "counted/"
 
 
 class FdOptions(OwnModelOptions):
@@ -45,7 +43,8 @@ class FdOptions(OwnModelOptions):
     Attributes:
         gamma: weight of what the others say; the paper does not print its own.
         weighting: how clients count in the mean of a label: all alike, as in the paper, or by their examples of it.
-        precision: of a probability on the wire.
+        precision: of a probability on the wire; what comes back is float32 where clients count by their examples: one
+            that has nearly all of a label finds the others in the last digits of the mean.
     """
 
     name: Literal["fd"] = "fd"
@@ -59,23 +58,34 @@ class FdOptions(OwnModelOptions):
         Raises:
             ValueError: if labels are no classes, or no client has one of them.
         """
-        num_labels = num_labels_of(task)
         models = task.build_models(seed)
-        shared = SharedOutputs(num_labels, self.precision)
+        modules = (models.teacher, *models.other_teachers) if self.model == "teacher" else (models.student,)
+        num_labels = num_labels_of(task, modules)
+        shared = SharedOutputs(num_labels, self.precision, "float32" if self.weighting == "counts" else self.precision)
         client = FdClient(task, models, self, num_labels)
         return Algorithm(
-            "outputs", shared, client, FdServer(), *num_parameters(models), make_aggregator=LabelOutputsMean
+            "outputs",
+            shared,
+            client,
+            FdServer(),
+            *num_parameters(models),
+            make_aggregator=lambda: LabelOutputsMean(self.weighting, self.local.num_epochs),
         )
 
 
-def num_labels_of(task: Task) -> int:
+def num_labels_of(task: Task, models: Sequence[nn.Module]) -> int:
     """Number of classes.
 
+    Args:
+        task: what is learned.
+        models: that learn it.
+
     Raises:
-        ValueError: if labels are no classes that are counted, or no client has one of them.
+        ValueError: if labels are no classes that are counted, a model says something else of an example than how likely
+            each class is, or no client has one of them.
     """
     report = task.data_report()
-    if not task.counts_labels or len(report.label_names) < 2:
+    if not task.counts_labels or len(report.label_names) < 2 or num_classes_of(task, models) != len(report.label_names):
         raise ValueError("algorithm: outputs for each label need a task whose labels are classes that are counted")
     held = np.sum(report.label_counts, axis=0) if report.label_counts else None  # nodes may bring their own
     if held is not None and not held.all():
@@ -90,9 +100,9 @@ def num_labels_of(task: Task) -> int:
 class SharedOutputs:
     """What all know of what models say: version 0 is that nobody has said anything."""
 
-    def __init__(self, num_labels: int, precision: Precision) -> None:
-        self._up = LabelOutputsCodec(num_labels, precision, with_round=False)
-        self._down = LabelOutputsCodec(num_labels, precision, with_round=True)
+    def __init__(self, num_labels: int, up: Precision, down: Precision) -> None:
+        self._up = LabelOutputsCodec(num_labels, up, with_round=False)
+        self._down = LabelOutputsCodec(num_labels, down, with_round=True)
 
     def initial(self) -> Arrays:
         """No label weighs anything."""
@@ -148,14 +158,19 @@ class FdClient(OwnModelClient):
         measures = run_epochs(data.train, self._fd.local, assignment, [optimizer], loss_of)
         upload = said.means(self._fd.weighting)
         sent = {**self._up.as_decoded(upload), ROUND: np.array([assignment.server_round], np.float32)}
-        kept = {**self._own.kept(module, optimizer), **prefixed(_SENT, sent)}
+        counted = self._counted(private, assignment) or {}
+        kept = {**self._own.kept(module, optimizer), **prefixed(_SENT, sent), **prefixed(_COUNTED, counted)}
         return Trained(upload, kept, {name: float(np.mean(values)) for name, values in measures.items()})
 
     def _targets(self, shared: Arrays, private: Arrays, assignment: Assignment) -> tuple[Tensor, Tensor]:
         """What the others say of each label, [L, L], and of which labels they say anything, [L]."""
-        sent = without_prefix(_SENT, private)
+        own = self._counted(private, assignment)
         # It is in the mean only if it was sent in the round that made the mean, and arrived.
-        among_them = bool(sent) and sent[ROUND][0] == shared[ROUND][0] == assignment.counted_round
-        own = {name: sent[name] for name in (OUTPUTS, WEIGHTS)} if among_them else None
-        rows, others = without(shared, own)
+        among_them = own is not None and own[ROUND][0] == shared[ROUND][0]
+        rows, others = without(shared, own if among_them else None)
         return torch.from_numpy(rows), torch.from_numpy(others)
+
+    def _counted(self, private: Arrays, assignment: Assignment) -> Arrays | None:
+        """What this client sent last of what counted; a round that was skipped, or a reply that was lost, did not."""
+        remembered = (without_prefix(prefix, private) for prefix in (_SENT, _COUNTED))
+        return next((sent for sent in remembered if sent and sent[ROUND][0] == assignment.counted_round), None)

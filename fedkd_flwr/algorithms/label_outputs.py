@@ -120,7 +120,8 @@ class LabelOutputsCodec:
         if not np.isfinite(given).all() or (given < 0).any() or (sums > 1 + _TOLERANCE).any():
             raise ValueError("outputs must be probabilities: at least 0, together at most 1")
         rows = np.zeros((self._num_labels, self._num_labels), np.float32)
-        rows[present, :-1], rows[present, -1] = given, np.maximum(1 - sums, 0)
+        rows[present, :-1] = given / np.maximum(sums, 1)[:, None]
+        rows[present, -1] = np.maximum(1 - sums, 0)
         return {OUTPUTS: rows, WEIGHTS: weights} | found
 
     def as_decoded(self, update: Arrays) -> Arrays:
@@ -129,9 +130,16 @@ class LabelOutputsCodec:
 
 
 class LabelOutputsMean:
-    """The weighted mean of what clients say of each label, of those that have it."""
+    """The weighted mean of what clients say of each label, of those that have it.
 
-    def __init__(self) -> None:
+    Args:
+        weighting: what the weights of a client are.
+        num_epochs: that it trains in a round: it says something of each of its examples as often.
+    """
+
+    def __init__(self, weighting: Weighting = "uniform", num_epochs: int = 1) -> None:
+        self._weighting = weighting
+        self._num_epochs = num_epochs
         self._sums: Array | None = None
         self._weights: Array | None = None
 
@@ -139,9 +147,19 @@ class LabelOutputsMean:
         """Forget the round before."""
         self._sums = self._weights = None
 
-    def add(self, upload: Arrays, num_examples: int, loss: float | None) -> None:
-        """Add one client's outputs."""
+    def add(self, upload: Arrays, num_examples: int, loss: float | None, client: str = "") -> None:
+        """Add one client's outputs.
+
+        Raises:
+            ValueError: if it weighs more than its examples do.
+        """
         weights = upload[WEIGHTS].astype(np.float64)
+        if self._weighting == "uniform" and (weights > 1).any():
+            raise ValueError(f"a label must weigh 1 where all clients count alike, got {weights.max():.0f}")
+        if self._weighting == "counts" and weights.sum() > (most := num_examples * self._num_epochs):
+            raise ValueError(
+                f"labels of {num_examples} examples weigh at most {most} together, got {weights.sum():.0f}"
+            )
         weighted = upload[OUTPUTS].astype(np.float64) * weights[:, None]
         self._sums = weighted if self._sums is None else self._sums + weighted
         self._weights = weights if self._weights is None else self._weights + weights

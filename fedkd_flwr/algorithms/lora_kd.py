@@ -29,6 +29,7 @@ from fedkd_flwr.algorithms.base import (
     Metrics,
     Trained,
     Wires,
+    num_classes_of,
     num_parameters,
 )
 from fedkd_flwr.algorithms.loop import (
@@ -44,7 +45,6 @@ from fedkd_flwr.algorithms.public_distillation import (
     VERSION,
     Distillation,
     Distiller,
-    num_classes_of,
     public_examples_of,
 )
 from fedkd_flwr.algorithms.soft_labels import (

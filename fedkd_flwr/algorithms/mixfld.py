@@ -42,12 +42,13 @@ from fedkd_flwr.algorithms.mixtures import (
     GatheredSeeds,
     Mixtures,
     SeededOutputsCodec,
+    crossed,
     mixed,
     unmixed,
 )
-from fedkd_flwr.core.arrays import Arrays
+from fedkd_flwr.core.arrays import Array, Arrays
 from fedkd_flwr.core.losses import soft_cross_entropy, task_loss
-from fedkd_flwr.core.protocols import Batch, ClientData, Examples, Task
+from fedkd_flwr.core.protocols import Batch, ClientData, Task
 from fedkd_flwr.core.seeds import derive_seed
 
 _LABELS = "labels"
@@ -106,11 +107,14 @@ class MixFldOptions(AlgorithmOptions):
             ValueError: if labels are no classes, a label is held by nobody, inputs can't be mixed, or clients have
                 different models.
         """
-        num_labels = num_labels_of(task)
         name, shape = _mixable(task)
         models = task.build_models(seed)
-        shared = SharedModelByOutputs(task, self, num_labels, shape, common_model(models, self.model))
-        client = MixFldClient(task, shared, self, name, num_labels)
+        model = common_model(models, self.model)
+        num_labels = num_labels_of(task, [model])
+        if self.inverse:
+            _require_crossing(task)
+        shared = SharedModelByOutputs(task, self, num_labels, shape, model)
+        client = MixFldClient(task, shared, self, name, num_labels, seed)
         server = ConvertingServer(task, shared, self, name)
         num_numbers = self.num_seeds * int(np.prod(shape, dtype=np.int64))
         note = (
@@ -123,7 +127,7 @@ class MixFldOptions(AlgorithmOptions):
             client,
             server,
             *num_parameters(models),
-            make_aggregator=GatheredSeeds,
+            make_aggregator=lambda: GatheredSeeds(self.weighting, self.local.num_epochs),
             notes=(note,),
             first_upload_bytes=shared.up.mixtures_bytes,
         )
@@ -154,6 +158,24 @@ def _mixable(task: Task) -> tuple[str, tuple[int, ...]]:
     return name, shape
 
 
+def _require_crossing(task: Task) -> None:
+    """Do nothing if two clients can have mixtures whose labels are crossed, or who has which label is not known here.
+
+    Raises:
+        ValueError: if no two clients have two labels in common.
+    """
+    counts = np.array(task.data_report().label_counts) > 0
+    if not counts.any():  # the data is on the nodes
+        return
+    both = counts[:, :, None] & counts[:, None, :]
+    both[:, np.arange(counts.shape[1]), np.arange(counts.shape[1])] = False
+    if not (both.sum(axis=0) > 1).any():
+        raise ValueError(
+            "algorithm.name: mix2fld unmixes what two clients have mixed of the same two labels, got no two clients "
+            "with two labels in common; take mixfld, or divide the data otherwise"
+        )
+
+
 class SharedModelByOutputs(SharedModel):
     """A model that moves by the server's updates, while outputs and mixtures go up."""
 
@@ -174,9 +196,9 @@ class MixFldClient:
     """Client half: trains from the shared model, says what it makes of each label, and once sends mixtures."""
 
     def __init__(
-        self, task: Task, shared: SharedModelByOutputs, options: MixFldOptions, name: str, num_labels: int
+        self, task: Task, shared: SharedModelByOutputs, options: MixFldOptions, name: str, num_labels: int, seed: int
     ) -> None:
-        self._task, self._shared, self._options = task, shared, options
+        self._task, self._shared, self._options, self._seed = task, shared, options, seed
         self._name, self._num_labels = name, num_labels
 
     def initial_private(self, data: ClientData) -> Arrays:
@@ -198,7 +220,7 @@ class MixFldClient:
 
         self._options.local.prepare(module)
         measures = run_epochs(data.train, self._options.local, assignment, [optimizer], loss_of)
-        mixtures = self._mixtures(data.train, assignment) if assignment.counted_round == 0 else None
+        mixtures = self._mixtures(data) if assignment.counted_round == 0 else None
         upload = {**said.means(self._options.weighting), **self._shared.up.arrays(mixtures)}
         return Trained(upload, {}, {name: float(np.mean(values)) for name, values in measures.items()})
 
@@ -210,11 +232,41 @@ class MixFldClient:
         """There is no private model."""
         return False
 
-    def _mixtures(self, examples: Examples, assignment: Assignment) -> Mixtures:
-        [batch] = examples.batches(len(examples))
+    def _mixtures(self, data: ClientData) -> Mixtures:
+        """The same whenever they are made: other ones, beside those of an earlier round, would tell more."""
+        [batch] = data.train.batches(len(data.train))
         inputs, labels = (batch[name].numpy() for name in (self._name, _LABELS))
-        seed = derive_seed(assignment.seed, "mixtures")
+        seed = derive_seed(self._seed, "mixtures", data.client)
         return mixed(inputs, labels, self._options.num_seeds, self._options.mixing, seed)
+
+
+class Samples:
+    """What the server learns from: mixtures as they are, or what becomes of pairs of them, made when it is drawn.
+
+    Args:
+        mixtures: of all clients.
+        pairs: see `crossed`; None for the mixtures themselves.
+        lam: as they were mixed.
+        num_labels: L.
+    """
+
+    def __init__(self, mixtures: Mixtures, pairs: Array | None, lam: float, num_labels: int) -> None:
+        self._mixtures, self._pairs, self._lam, self._num_labels = mixtures, pairs, lam, num_labels
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._mixtures.minor) if self._pairs is None else 2 * len(self._pairs)
+
+    def of(self, drawn: Array) -> tuple[Tensor, Tensor]:
+        """Inputs [count, ...], and labels [count, L] as probabilities, of some samples by number."""
+        if self._pairs is not None:
+            inputs, hard = unmixed(self._mixtures, self._pairs, self._lam, drawn)
+            return torch.from_numpy(inputs), self._hot(hard)
+        minor, major = (self._hot(labels[drawn]) for labels in (self._mixtures.minor, self._mixtures.major))
+        return torch.from_numpy(self._mixtures.inputs[drawn]), self._lam * minor + (1 - self._lam) * major
+
+    def _hot(self, labels: Array) -> Tensor:
+        return torch.nn.functional.one_hot(torch.from_numpy(labels), self._num_labels).float()
 
 
 class ConvertingServer(MeanUpdateServer):
@@ -230,28 +282,24 @@ class ConvertingServer(MeanUpdateServer):
         Raises:
             ValueError: if no client sent mixtures, or none that can be combined.
         """
-        inputs, labels = self._samples(aggregate)
-        targets = labels + self._options.conversion.beta * (labels @ torch.from_numpy(aggregate[OUTPUTS]))
-        self._train(shared, inputs, targets, assignment)
+        self._train(shared, self._samples(aggregate), torch.from_numpy(aggregate[OUTPUTS]), assignment)
         return self._model.update(shared)
 
-    def _samples(self, aggregate: Arrays) -> tuple[Tensor, Tensor]:
-        """Inputs [samples, ...], and labels [samples, L] as probabilities."""
+    def _samples(self, aggregate: Arrays) -> "Samples":
+        """What there is to learn from."""
         lam, num_labels = self._options.mixing, len(aggregate[OUTPUTS])
         if SEEDS not in aggregate:
             raise ValueError("no client has sent mixtures: each has examples of one label only")
-        minor, major = (torch.from_numpy(aggregate[name]).long() for name in (MINOR, MAJOR))
+        minor, major = (aggregate[name].astype(np.int64) for name in (MINOR, MAJOR))
+        mixtures = Mixtures(aggregate[SEEDS], minor, major)
         if not self._options.inverse:
-            hot = torch.nn.functional.one_hot
-            soft = lam * hot(minor, num_labels).float() + (1 - lam) * hot(major, num_labels).float()
-            return torch.from_numpy(aggregate[SEEDS]), soft
-        mixtures = Mixtures(aggregate[SEEDS], minor.numpy(), major.numpy())
-        inputs, hard = unmixed(mixtures, aggregate[DEVICE], lam)
-        if not len(hard):
+            return Samples(mixtures, None, lam, num_labels)
+        pairs = crossed(mixtures, aggregate[DEVICE])
+        if not len(pairs):
             raise ValueError("no two clients have mixtures of the same two labels: raise algorithm.num_seeds")
-        return torch.from_numpy(inputs), torch.nn.functional.one_hot(torch.from_numpy(hard), num_labels).float()
+        return Samples(mixtures, pairs, lam, num_labels)
 
-    def _train(self, shared: Arrays, inputs: Tensor, targets: Tensor, assignment: Assignment) -> None:
+    def _train(self, shared: Arrays, samples: "Samples", outputs: Tensor, assignment: Assignment) -> None:
         conversion, module = self._options.conversion, self._model.module
         self._model.load(shared)
         optimizer = Optimizer(conversion.optimizer, module.named_parameters())
@@ -260,9 +308,11 @@ class ConvertingServer(MeanUpdateServer):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(assignment.seed)
             for _ in range(conversion.num_steps):
-                rows = torch.randint(len(inputs), (min(conversion.batch_size, len(inputs)),), generator=draw)
-                batch = {self._name: inputs[rows], _LABELS: targets[rows].argmax(dim=-1)}
+                rows = torch.randint(len(samples), (min(conversion.batch_size, len(samples)),), generator=draw)
+                inputs, labels = samples.of(rows.numpy())
+                aim = labels + conversion.beta * (labels @ outputs)
+                batch = {self._name: inputs, _LABELS: aim.argmax(dim=-1)}
                 logits = forward(self._task, module, batch, self._options.local).logits
-                aim = targets[rows].to(logits)
+                aim = aim.to(logits)
                 soft_cross_entropy(logits, aim, torch.ones(len(rows)).to(logits)).backward()  # type: ignore[no-untyped-call]
                 optimizer.step(assignment.begin, assignment.end)

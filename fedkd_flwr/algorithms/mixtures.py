@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedkd_flwr.algorithms.label_outputs import LabelOutputsCodec, LabelOutputsMean, Reader, varint
+from fedkd_flwr.algorithms.label_outputs import LabelOutputsCodec, LabelOutputsMean, Reader, Weighting, varint
 from fedkd_flwr.core.arrays import Array, Arrays, Spec, TensorSpec, require_finite
 
 SEEDS, MINOR, MAJOR, DEVICE = "seeds", "minor", "major", "device"
+LARGEST_INPUT = 100.0  # that is believed of an input whose mean is near 0 and whose standard deviation is near 1
 NO_LABEL = -1
 _LEVELS = 255
 _SCALE_BYTES = 8  # two numbers
+_ROUNDING = 1.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +61,45 @@ def mixed(inputs: Array, labels: Array, count: int, lam: float, seed: int) -> Mi
     return Mixtures(np.asarray(made, np.float32), labels[first], labels[second])
 
 
-def unmixed(mixtures: Mixtures, device: Array, lam: float) -> tuple[Array, Array]:
-    """Samples with hard labels, of every pair of mixtures of different clients whose labels are crossed.
+def crossed(mixtures: Mixtures, device: Array) -> Array:
+    """Every pair of mixtures of different clients whose labels are crossed, in the order of the first.
 
     Args:
         mixtures: of all clients.
         device: [count], which client each is of.
-        lam: as they were mixed.
 
     Returns:
-        Inputs [pairs * 2, ...] and labels [pairs * 2]; empty where no two fit.
+        Positions [pairs, 2], the first below the second; no pair where no two fit.
     """
-    to_minor, to_major = lam / (2 * lam - 1), (lam - 1) / (2 * lam - 1)
-    inputs, labels = [], []
+    minor, major = (np.asarray(labels, np.int64) for labels in (mixtures.minor, mixtures.major))
+    found = [np.zeros((0, 2), np.int64)]
     for one in range(len(device)):
-        for other in range(one + 1, len(device)):
-            crossed = mixtures.minor[one] == mixtures.major[other] and mixtures.major[one] == mixtures.minor[other]
-            if device[one] == device[other] or not crossed:
-                continue
-            for h, label in ((to_minor, mixtures.minor[one]), (to_major, mixtures.major[one])):
-                inputs.append(h * mixtures.inputs[one] + (1 - h) * mixtures.inputs[other])
-                labels.append(label)
-    shape = (0, *mixtures.inputs.shape[1:])
-    return np.asarray(inputs, np.float32).reshape(-1, *shape[1:]), np.asarray(labels, np.int64)
+        later = slice(one + 1, None)
+        fits = (minor[later] == major[one]) & (major[later] == minor[one]) & (device[later] != device[one])
+        others = one + 1 + np.flatnonzero(fits)
+        found.append(np.stack([np.full_like(others, one), others], axis=1))
+    return np.concatenate(found)
+
+
+def unmixed(mixtures: Mixtures, pairs: Array, lam: float, drawn: Array) -> tuple[Array, Array]:
+    """Samples with hard labels. Of each pair there are two, with the label of either example.
+
+    Args:
+        mixtures: of all clients.
+        pairs: [pairs, 2], as `crossed` gives them.
+        lam: as they were mixed.
+        drawn: [count], numbers of samples, below 2 * pairs: those of a pair follow one another.
+
+    Returns:
+        Inputs [count, ...] and labels [count].
+    """
+    one, other = pairs[drawn // 2].T
+    to_minor, to_major = lam / (2 * lam - 1), (lam - 1) / (2 * lam - 1)
+    is_minor = drawn % 2 == 0
+    h = np.where(is_minor, to_minor, to_major).reshape(-1, *(1 for _ in mixtures.inputs.shape[1:]))
+    inputs = h * mixtures.inputs[one] + (1 - h) * mixtures.inputs[other]
+    labels = np.where(is_minor, mixtures.minor[one], mixtures.major[one])
+    return np.asarray(inputs, np.float32), np.asarray(labels, np.int64)
 
 
 class SeededOutputsCodec:
@@ -135,9 +153,14 @@ class SeededOutputsCodec:
         """The payload.
 
         Raises:
-            ValueError: if a number is not finite.
+            ValueError: if a number is not finite, or an input is no standardised one.
         """
         require_finite(update)
+        if (largest := float(np.abs(update[SEEDS]).max())) > LARGEST_INPUT:
+            raise ValueError(
+                f"mixed inputs must lie within {LARGEST_INPUT:g} of 0, got {largest:.4g}; standardise them "
+                "(task.pixel_mean, task.pixel_std)"
+            )
         outputs, _ = self._outputs.encode(update, {}, progress=progress, seed=seed)
         there = update[MAJOR] != NO_LABEL
         parts = [outputs, varint(int(there.sum()))]
@@ -172,52 +195,58 @@ class SeededOutputsCodec:
             levels = np.frombuffer(reader.take(count * size), np.uint8).astype(np.float64)
             with np.errstate(over="ignore", invalid="ignore"):
                 values = (low + scale * levels).astype(np.float32)
-            if not np.isfinite(values).all():
-                raise ValueError("mixtures must be finite numbers")
+            if not (np.abs(values) <= LARGEST_INPUT * _ROUNDING).all():  # also where they are no numbers
+                raise ValueError(f"mixtures must be finite and lie within {LARGEST_INPUT:g} of 0")
             mixtures = Mixtures(values.reshape(count, *self._shape), labels[:, 0], labels[:, 1])
         reader.end()
         return {**found, **self.arrays(mixtures)}, state
 
 
 class GatheredSeeds(LabelOutputsMean):
-    """The mean of outputs, and every mixture that was ever counted, each with a number for the client that it is of."""
+    """The mean of outputs, and the mixtures of every client that ever counted: those that it sent last.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._kept: dict[str, Array] = {}
-        self._new: list[dict[str, Array]] = []
+    A client that has lost its state sends its mixtures again. Were they kept beside the first as another client's, they
+    would be unmixed with these, and give back the client's very examples.
+    """
+
+    def __init__(self, weighting: Weighting = "uniform", num_epochs: int = 1) -> None:
+        super().__init__(weighting, num_epochs)
+        self._kept: dict[str, dict[str, Array]] = {}
+        self._new: dict[str, dict[str, Array]] = {}
 
     def begin(self, server_round: int) -> None:
         """Forget the uploads of the round before, not the mixtures that counted."""
         super().begin(server_round)
-        self._new = []
+        self._new = {}
 
-    def add(self, upload: Arrays, num_examples: int, loss: float | None) -> None:
+    def add(self, upload: Arrays, num_examples: int, loss: float | None, client: str = "") -> None:
         """Add one client's outputs, and its mixtures if it sent some."""
-        super().add(upload, num_examples, loss)
+        super().add(upload, num_examples, loss, client)
         there = upload[MAJOR] != NO_LABEL
         if there.any():
-            self._new.append({name: np.array(upload[name][there]) for name in (SEEDS, MINOR, MAJOR)})
+            self._new[client] = {name: np.array(upload[name][there]) for name in (SEEDS, MINOR, MAJOR)}
 
     def result(self) -> Arrays | None:
         """Outputs of this round, and all mixtures; from here on those of this round count."""
         means = super().result()
         if means is None:
             return None
-        for mixtures in self._new:
-            device = 1 + self._kept[DEVICE].max() if self._kept else np.float32(0)
-            numbered = mixtures | {DEVICE: np.full(len(mixtures[MAJOR]), device, np.float32)}
-            self._kept = {
-                name: np.concatenate([self._kept[name], value]) if self._kept else value
-                for name, value in numbered.items()
-            }
-        self._new = []
-        return {**means, **self._kept}
+        self._kept |= self._new
+        self._new = {}
+        if not self._kept:
+            return means
+        of_clients = [self._kept[client] for client in sorted(self._kept)]
+        gathered = {name: np.concatenate([one[name] for one in of_clients]) for name in (SEEDS, MINOR, MAJOR)}
+        device = np.repeat(np.arange(len(of_clients)), [len(one[MAJOR]) for one in of_clients])
+        return {**means, **gathered, DEVICE: device.astype(np.float32)}
 
     def state(self) -> Arrays:
         """The mixtures that counted."""
-        return dict(self._kept)
+        return {f"{client}/{name}": value for client, of in self._kept.items() for name, value in of.items()}
 
     def restore(self, state: Arrays) -> None:
         """Go on with these mixtures."""
-        self._kept = dict(state)
+        self._kept = {}
+        for name, value in state.items():
+            client, _, what = name.rpartition("/")
+            self._kept.setdefault(client, {})[what] = value

@@ -113,7 +113,7 @@ class ProxyMemoryMean:
         """Forget the round before."""
         self._sums = self._agents = None
 
-    def add(self, upload: Arrays, num_examples: int, loss: float | None) -> None:
+    def add(self, upload: Arrays, num_examples: int, loss: float | None, client: str = "") -> None:
         """Add one agent's memory."""
         agents = upload[VISITED].astype(np.float64)
         sums = upload[POLICIES].astype(np.float64) * agents[:, None]

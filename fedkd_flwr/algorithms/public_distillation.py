@@ -52,24 +52,6 @@ def public_examples_of(task: Task, algorithm: str) -> PublicExamples:
     return public
 
 
-def num_classes_of(task: Task, models: tuple[nn.Module, ...]) -> int:
-    """Classes that all models tell apart.
-
-    Raises:
-        ValueError: if an example has several outputs, or models differ.
-    """
-    shapes = set()
-    for model in models:
-        with torch.no_grad():
-            out = task.forward(model.eval(), task.example_batch(), hidden_states=False, attentions=False)
-        shapes.add(tuple(out.logits.shape[1:]))
-    if len(shapes) > 1 or len(next(iter(shapes))) != 1:
-        raise ValueError(
-            f"algorithm: soft labels need models with one output for each class, got shapes {sorted(shapes)}"
-        )
-    return int(next(iter(shapes))[0])
-
-
 class Distiller:
     """Teaches models what is known of public examples, and asks them.
 

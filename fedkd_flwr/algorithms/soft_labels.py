@@ -196,7 +196,7 @@ class SoftLabelMean:
         """Forget the round before."""
         self._sums = self._weights = None
 
-    def add(self, upload: Arrays, num_examples: int, loss: float | None) -> None:
+    def add(self, upload: Arrays, num_examples: int, loss: float | None, client: str = "") -> None:
         """Add one client's."""
         rows = upload[SOFT_LABELS].astype(np.float64)
         weights = weights_of(rows, num_examples, self._weighting)

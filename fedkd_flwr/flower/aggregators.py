@@ -77,7 +77,7 @@ class Mean:
         """Forget the round before."""
         self._mean = RunningMean()
 
-    def add(self, upload: Arrays, num_examples: int, loss: float | None) -> None:
+    def add(self, upload: Arrays, num_examples: int, loss: float | None, client: str = "") -> None:
         """Add one upload to the sum."""
         self._mean.add(upload, 1.0 if self._uniform else float(num_examples))
 
@@ -131,7 +131,7 @@ class FlowerStrategy:
         self._server_round = server_round
         self._uploads = []
 
-    def add(self, upload: Arrays, num_examples: int, loss: float | None) -> None:
+    def add(self, upload: Arrays, num_examples: int, loss: float | None, client: str = "") -> None:
         """Keep one upload."""
         if self._needs_loss and (loss is None or loss < 0):
             raise MessageError(f"{_TRAIN_LOSS}, which this aggregator weighs by, must be at least 0, got {loss}")

@@ -77,7 +77,7 @@ class Merger:
         started = perf_counter()
         buffers = self._buffer_bound.admit({name: upload[name] for name in self._buffer_names})
         parameters = self._bound.admit(self._parameters(upload))
-        self._aggregator.add(parameters, reply.num_examples, reply.train.get(_LOSS))
+        self._aggregator.add(parameters, reply.num_examples, reply.train.get(_LOSS), client_key)
         self._buffers.add(buffers, 1.0)
         self._next_states[client_key] = state
         current.timed("aggregate", started)

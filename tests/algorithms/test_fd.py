@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from torch import nn
 
 import client_app
 from fedkd_flwr.algorithms.base import Assignment
@@ -26,11 +27,11 @@ from fedkd_flwr.algorithms.label_outputs import (
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
 from fedkd_flwr.core.arrays import Array, Arrays
 from fedkd_flwr.core.losses import soft_cross_entropy
-from fedkd_flwr.core.protocols import ClientData, Task
+from fedkd_flwr.core.protocols import Batch, ClientData, Outputs, Task
 from fedkd_flwr.experiment import ConfigError
 from fedkd_flwr.flower.in_process import run_in_process
 from fedkd_flwr.measure.ledger import LEDGER_FILE, read_rows
-from tests.algorithms.conftest import LOCAL, SEED, SGD, same, under
+from tests.algorithms.conftest import LOCAL, ONE_STEP, SEED, SGD, Without, digits, same, under
 from tests.conftest import Run, small
 
 OPTIONS = FdOptions(local=LOCAL, optimizer=SGD, gamma=0.5)
@@ -47,11 +48,11 @@ def said(rows: Any, weights: list[float] | None = None) -> dict[str, Array]:
     return {OUTPUTS: outputs, WEIGHTS: np.array(weights or present, np.float32)}
 
 
-def mean_of(uploads: list[dict[str, Array]]) -> Arrays:
-    rule = LabelOutputsMean()
+def mean_of(uploads: list[dict[str, Array]], rule: LabelOutputsMean | None = None, num_examples: int = 1) -> Arrays:
+    rule = rule or LabelOutputsMean()
     rule.begin(1)
     for upload in uploads:
-        rule.add(upload, 1, None)
+        rule.add(upload, num_examples, None)
     result = rule.result()
     assert result is not None
     return result
@@ -99,11 +100,100 @@ def test_the_mean_without_one_client_by_hand_with_labels_that_some_lack() -> Non
 
 def test_counts_weigh_clients_by_their_examples_of_a_label() -> None:
     uploads = [said(THREE_CLIENTS[0], [30, 10, 0]), said(THREE_CLIENTS[1], [10, 0, 0])]
-    means = mean_of(uploads)
+    means = mean_of(uploads, LabelOutputsMean("counts"), 40)
     np.testing.assert_allclose(means[OUTPUTS][0], [0.65, 0.25, 0.1], atol=1e-6)
     rows, others = without(means, uploads[0])
     np.testing.assert_allclose(rows[0], [0.5, 0.4, 0.1], atol=1e-5)
     assert others.tolist() == [True, False, False]
+
+
+def test_nobody_weighs_more_than_its_examples_do() -> None:
+    with pytest.raises(ValueError, match="must weigh 1 where all clients count alike, got 1024"):
+        mean_of([said(THREE_CLIENTS[0], [1024, 1, 0])])
+    honest = said(THREE_CLIENTS[0], [50, 10, 0])
+    assert mean_of([honest], LabelOutputsMean("counts", num_epochs=2), 30)[WEIGHTS].tolist() == [50, 10, 0]
+    with pytest.raises(ValueError, match="30 examples weigh at most 30 together, got 60"):
+        mean_of([honest], LabelOutputsMean("counts", num_epochs=1), 30)
+
+
+def test_one_client_that_claims_too_much_costs_its_reply_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = LabelOutputsCodec.encode
+
+    def encode(codec: LabelOutputsCodec, update: Arrays, *rest: Any, **how: Any) -> Any:
+        heavy = {**update, WEIGHTS: update[WEIGHTS] * (2**32 - 512)} if update[WEIGHTS][3] == 0 else update
+        return honest(codec, heavy, *rest, **how)
+
+    monkeypatch.setattr(LabelOutputsCodec, "encode", encode)
+    # Client 2 alone has no three.
+    run_dir = run("algorithm.name=fd", "task.partition={name: pathological, classes_per_client: 9}", "num_rounds=2")
+    rows = [row for row in read_rows(run_dir / LEDGER_FILE) if row["kind"] == "round" and row["round"] > 0]
+    lacking = {rejection["client"] for row in rows for rejection in row["rejected"]}
+    assert all(not row["skipped"] for row in rows) and "server" not in lacking
+    assert len(lacking) >= 1
+
+
+@pytest.mark.parametrize("ratio", [1, 100, 5000])
+def test_what_others_say_is_found_beside_a_client_that_has_nearly_all_examples(ratio: int) -> None:
+    rng = np.random.default_rng(ratio)
+    own, other = (said(rng.dirichlet(np.ones(3), 3).tolist(), [weight] * 3) for weight in (ratio * 10.0, 10.0))
+    means = mean_of([own, other], LabelOutputsMean("counts"), 3 * ratio * 10)
+    wires = FdOptions(weighting="counts").build(digits(), SEED).shared.wires(lambda spec, direction: None)  # type: ignore[arg-type, return-value]
+    assert wires is not None
+    down = type(wires.downlink)(3, wires.downlink._dtype.name, with_round=True)  # type: ignore[attr-defined, call-arg]
+    arrived = down.as_decoded({**means, ROUND: np.ones(1, np.float32)})  # type: ignore[attr-defined]
+    rows, others = without(arrived, own)
+    assert others.all()
+    assert np.abs(rows - other[OUTPUTS]).sum(1).max() / 2 < 1e-6 + 2e-7 * ratio
+
+
+def test_one_step_is_that_of_the_papers_loss(task: Task, data: ClientData) -> None:
+    """Against autograd on the equation itself, in float64 where it is ours: phi(F, y) + gamma phi(F, G[y])."""
+    gamma, learning_rate = 0.7, 0.05
+    options = FdOptions(model="student", gamma=gamma, local=ONE_STEP, optimizer=SGD)
+    algorithm = options.build(task, SEED)
+    rng = np.random.default_rng(0)
+    said_of = rng.dirichlet(np.ones(10), 10).astype(np.float32)
+    weights = np.array([3.0, 3, 0, 3, 3, 3, 0, 3, 3, 3], np.float32)  # nobody has twos or sixes
+    shared = {OUTPUTS: said_of * (weights > 0)[:, None], WEIGHTS: weights, ROUND: np.ones(1, np.float32)}
+    private = algorithm.client.initial_private(data)
+    found = algorithm.client.train(shared, private, data, Assignment(0.5, 6, server_round=2))
+
+    module = task.build_models(SEED).student
+    [batch] = data.train.batches(len(data.train))
+    logits = task.forward(module, batch, hidden_states=False, attentions=False).logits.double()
+    labels = batch["labels"]
+    log_p = logits - torch.logsumexp(logits, dim=1, keepdim=True)
+    targets = torch.from_numpy(shared[OUTPUTS]).double()[labels]
+    loss = -log_p[torch.arange(len(labels)), labels].mean() - gamma * (targets * log_p).sum(1).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None
+        expected = (parameter - learning_rate * parameter.grad).detach().numpy()
+        np.testing.assert_allclose(under("model/", found.private)[name], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("counted", "shared_round", "is_among"),
+    [(2, 2, 2), (1, 1, 1), (1, 2, None), (0, 2, None), (0, 1, None), (2, 1, None)],
+    ids=["usual", "skipped round", "reply lost", "never", "never, skipped", "other mean"],
+)
+def test_a_client_takes_out_of_the_mean_just_what_it_had_put_in(
+    task: Task, data: ClientData, counted: int, shared_round: int, is_among: int | None
+) -> None:
+    algorithm = OPTIONS.build(task, SEED)
+    initial, private, uploads = algorithm.shared.initial(), algorithm.client.initial_private(data), {}
+    for number in (1, 2):
+        assignment = Assignment(0.0, number, server_round=number, counted_round=number - 1)
+        trained = algorithm.client.train(initial, private, data, assignment)
+        assert trained.upload is not None
+        private, uploads[number] = trained.private, algorithm.shared.as_sent(trained.upload)  # type: ignore[attr-defined]
+    stranger = {OUTPUTS: np.full((10, 10), 0.1, np.float32), WEIGHTS: np.ones(10, np.float32)}
+    in_mean = [stranger] if is_among is None else [stranger, dict(uploads[is_among])]
+    shared = {**mean_of(in_mean), ROUND: np.array([shared_round], np.float32)}
+    now = Assignment(0.5, 3, server_round=3, counted_round=counted)
+    rows, others = algorithm.client._targets(shared, private, now)  # type: ignore[attr-defined]
+    assert others.all()
+    np.testing.assert_allclose(rows, stranger[OUTPUTS], atol=1e-6)
 
 
 def test_outputs_are_summed_over_batches_by_label() -> None:
@@ -201,6 +291,16 @@ def test_a_run_moves_a_few_hundred_bytes_a_round_and_scores_the_clients_own_mode
     assert all(row["wire_bytes"] < 1200 for row in replies)
     last = [row for row in rows if row["kind"] == "round"][-1]
     assert last["metrics"]["private_local"] and last["metrics"]["shared_global"] is None
+
+
+def test_models_that_say_more_than_how_likely_each_class_is_are_refused(task: Task) -> None:
+    class OfTokens(Without):
+        def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
+            out = super().forward(model, batch, hidden_states=hidden_states, attentions=attentions)
+            return replace(out, logits=out.logits[:, None, :].expand(-1, 4, -1))
+
+    with pytest.raises(ValueError, match=r"needs one output for each class, got shapes \[\(4, 10\)\]"):
+        OPTIONS.build(OfTokens(task), SEED)
 
 
 def test_a_label_that_no_client_holds_is_refused_before_training(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
