@@ -20,6 +20,7 @@ import numpy as np
 from flwr.app import Context, Message
 
 import client_app
+from fedkd_flwr.algorithms.base import Length
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.protocols import Codec
 from fedkd_flwr.core.seeds import derive_seed
@@ -28,7 +29,6 @@ from fedkd_flwr.flower.in_process import run_in_process
 from fedkd_flwr.flower.local_grid import ClientFunction
 from fedkd_flwr.flower.records import TRAIN, Instruction, Reply
 from fedkd_flwr.flower.runtime import runtime_of
-from fedkd_flwr.flower.validation import norm_of
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "digits_fedavg_student.yaml"
@@ -45,7 +45,7 @@ def random_update(honest: Arrays, seed: int) -> Arrays:
     """Gaussian noise, `FACTOR` times as long as the honest update."""
     rng = np.random.default_rng(seed)
     noise = {name: rng.standard_normal(value.shape) for name, value in honest.items()}
-    scale = FACTOR * norm_of(honest) / norm_of(noise)
+    scale = FACTOR * Length().norm(honest) / Length().norm(noise)
     return {name: (scale * value).astype(np.float32) for name, value in noise.items()}
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedkd_flwr.algorithms.base import Length
 from fedkd_flwr.core.arrays import Array, Arrays, RunningMean, Spec, TensorSpec, require_finite
 from fedkd_flwr.core.modules import prefixed, without_prefix
 
@@ -94,6 +95,32 @@ class AdapterCodec:
             for tensor in (TensorSpec(A + name, (rank, columns)), TensorSpec(B + name, (rows, rank)))
         ]
         return (*of_layers, *(TensorSpec(HEAD + tensor.name, tensor.shape) for tensor in self._head))
+
+
+class ProductLength(Length):
+    """How long what an upload adds to the weights is: the 2-norm over (alpha / r) B A of all layers, and the head.
+
+    The numbers of A and B themselves say little: A is as long as it was drawn, the longer the more ranks it has.
+
+    Args:
+        alpha: an adapter of rank r counts alpha / r.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self._alpha = alpha
+
+    def norm(self, upload: Arrays) -> float:
+        """The norm, without any product of the size of a layer: ||B A||^2 = sum (B^T B) * (A A^T)."""
+        squared = super().norm(without_prefix(HEAD, upload)) ** 2
+        for name, value in without_prefix(A, upload).items():
+            a, b = value.astype(np.float64), upload[B + name].astype(np.float64)
+            squared += (self._alpha / len(a)) ** 2 * max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
+        return float(np.sqrt(squared))
+
+    def scaled(self, upload: Arrays, factor: float) -> dict[str, Array]:
+        """B and the head are shortened, A stays: so are their products."""
+        moved = {name: value for name, value in upload.items() if not name.startswith(A)}
+        return {**upload, **super().scaled(moved, factor)}
 
 
 class AdapterStack:

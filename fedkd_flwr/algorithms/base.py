@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from pydantic import BaseModel
 from torch import nn
 
-from fedkd_flwr.core.arrays import Arrays, Spec, apply_update, difference
+from fedkd_flwr.core.arrays import Array, Arrays, Spec, apply_update, difference
 from fedkd_flwr.core.modules import exchanged_spec, read_arrays, write_arrays
 from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import ClientData, Codec, Direction, Examples, Models, Task
@@ -175,6 +176,18 @@ class Aggregator(Protocol):
         """Go on from a state."""
 
 
+class Length:
+    """How long an upload is: the 2-norm over all of its numbers."""
+
+    def norm(self, upload: Arrays) -> float:
+        """The norm, in float64."""
+        return float(np.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in upload.values())))
+
+    def scaled(self, upload: Arrays, factor: float) -> dict[str, Array]:
+        """An upload whose norm is the factor times that of this one, and which says the same."""
+        return {name: np.asarray(value * np.float32(factor)) for name, value in upload.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Algorithm:
     """Both halves of one algorithm and what they share.
@@ -189,6 +202,7 @@ class Algorithm:
         foundations: gives digests, by name, of what nodes must have alike and are never sent, such as a frozen
             backbone. A node with another one is not taken in.
         first_upload_bytes: of a client's first payload that later ones don't have.
+        length: how long an upload is, where its numbers are not those of an update.
     """
 
     exchanges: Exchanges
@@ -201,6 +215,7 @@ class Algorithm:
     notes: tuple[str, ...] = ()
     foundations: Callable[[], Mapping[str, bytes]] = dict
     first_upload_bytes: int = 0
+    length: Length = field(default_factory=Length)
 
 
 class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):

@@ -21,6 +21,7 @@ from fedkd_flwr.algorithms.adapter_stack import (
     AdapterStack,
     B,
     Precision,
+    ProductLength,
     Weighting,
     products,
 )
@@ -82,8 +83,8 @@ class FloraOptions(AlgorithmOptions):
         """Stacked adapters on the chosen model.
 
         Raises:
-            ValueError: if clients have different ones, an option names what is not there, or logits are to be adjusted
-                and labels are not counted.
+            ValueError: if clients have different ones, an option names what is not there, training moves statistics of
+                the model, or logits are to be adjusted and labels are not counted.
         """
         require_counts(task, self.logit_adjustment)
         models = task.build_models(seed)
@@ -101,6 +102,7 @@ class FloraOptions(AlgorithmOptions):
             *sizes,
             make_aggregator=lambda: AdapterStack(self.lora.alpha, self.weighting),
             foundations=lambda: {"frozen backbone": digest},
+            length=ProductLength(self.lora.alpha),
         )
 
 
@@ -115,6 +117,11 @@ class SharedWeights:
         self._bases = {name: layer.get_base_layer().weight.detach().clone() for name, layer in layers.items()}
         matrices = {name: (len(base), base[0].numel()) for name, base in self._bases.items()}
         trained = read_arrays(adapted.first, frozen=False)
+        if moving := [name for name, _ in adapted.first.named_buffers() if name in trained]:
+            raise ValueError(
+                f"algorithm.lora: flora averages no statistics of a model such as {moving[0]!r}; name trained_modules "
+                "without them, or take lora_avg"
+            )
         adapters = {f"{name}.lora_{part}.default.weight" for name in layers for part in "AB"}
         self._head = {name: value for name, value in trained.items() if name not in adapters}
         self._initial: dict[str, Array] = {

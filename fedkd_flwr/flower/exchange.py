@@ -69,7 +69,7 @@ class Exchange(Strategy):
         self._first_attempt = first_attempt
         self._test_data: Examples = runtime.task.test_data()
         ratio = options.validation.max_norm_ratio if runtime.algorithm.exchanges == "updates" else None
-        bound = NormBound(ratio, options.validation.excess_norm)
+        bound = NormBound(ratio, options.validation.excess_norm, runtime.algorithm.length)
         self._learner = server if isinstance(server := runtime.algorithm.server, LearningServer) else None
         if self._learner is not None:
             self._learner.begin()

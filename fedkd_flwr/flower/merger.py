@@ -12,7 +12,7 @@ from fedkd_flwr.flower.archive import Archive
 from fedkd_flwr.flower.records import Reply
 from fedkd_flwr.flower.replies import reason_of
 from fedkd_flwr.flower.round import Round
-from fedkd_flwr.flower.validation import NormBound, norm_of
+from fedkd_flwr.flower.validation import NormBound
 
 Reject = Callable[[str, str, str], None]
 _LOSS = "train_loss"
@@ -144,6 +144,6 @@ class Merger:
             try:
                 upload = self._decode(client_key, reply.payload)[0]
                 buffers = {name: upload[name] for name in self._buffer_names}
-                yield norm_of(self._parameters(upload)), norm_of(buffers)
+                yield self._bound.length.norm(self._parameters(upload)), self._buffer_bound.length.norm(buffers)
             except Exception:  # it is decoded again when it is its turn, and rejected with the reason then
                 continue

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from fedkd_flwr.algorithms.base import Length
 from fedkd_flwr.core.arrays import Array, Arrays
 from fedkd_flwr.flower.archive import Archive
 from fedkd_flwr.flower.errors import MessageError
@@ -17,11 +18,6 @@ _REMEMBERED_NORMS = 128
 _FEWEST = 3  # the median of two says nothing about either
 
 
-def norm_of(update: Arrays) -> float:
-    """2-norm over all arrays, in float64."""
-    return float(np.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in update.values())))
-
-
 @dataclass
 class NormBound:
     """How long an update may be: a multiple of the running median of accepted ones.
@@ -29,12 +25,14 @@ class NormBound:
     Attributes:
         ratio: the multiple; None for no bound.
         excess: what becomes of a longer one.
+        length: how long an update is, and how it is shortened.
         num_clipped: of this round's updates.
         num_rejected: of this round's updates.
     """
 
     ratio: float | None
     excess: Literal["reject", "clip"]
+    length: Length = field(default_factory=Length)
     num_clipped: int = 0
     num_rejected: int = 0
     _pending: list[float] = field(default_factory=list)  # norms of this round's updates, until the round counts
@@ -67,7 +65,7 @@ class NormBound:
         Raises:
             MessageError: if it is too long, and longer ones are rejected.
         """
-        norm = norm_of(update)
+        norm = self.length.norm(update)
         if self._limit is None or norm <= self._limit:
             self._pending.append(norm)
             return dict(update)
@@ -80,8 +78,7 @@ class NormBound:
             )
         self._pending.append(self._limit)
         self.num_clipped += 1
-        scale = np.float32(self._limit / norm)
-        return {name: np.asarray(value * scale) for name, value in update.items()}
+        return self.length.scaled(update, self._limit / norm)
 
     def counted(self) -> None:
         """The round's updates have entered an aggregate that moved the reference."""

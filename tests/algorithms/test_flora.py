@@ -1,14 +1,28 @@
 """Stacked adapters: the mean of products, any rank, and what they cost."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from torch import nn
 from transformers import ViTForImageClassification
 
-from fedkd_flwr.algorithms.adapter_stack import HEAD, HEADER_BYTES, A, AdapterCodec, AdapterStack, B, products
+from fedkd_flwr.algorithms.adapter_stack import (
+    HEAD,
+    HEADER_BYTES,
+    A,
+    AdapterCodec,
+    AdapterStack,
+    B,
+    ProductLength,
+    products,
+)
 from fedkd_flwr.algorithms.base import Algorithm
-from fedkd_flwr.algorithms.flora import FloraOptions
-from fedkd_flwr.core.arrays import Array, TensorSpec
+from fedkd_flwr.algorithms.flora import FloraOptions, SharedWeights
+from fedkd_flwr.algorithms.lora import AdaptedModels, LoraOptions
+from fedkd_flwr.core.arrays import Array, Arrays, TensorSpec
 from fedkd_flwr.core.protocols import Task
 from fedkd_flwr.measure.ledger import LEDGER_FILE, read_rows
 from tests.algorithms.conftest import FIRST, LOCAL, SEED, same
@@ -86,6 +100,57 @@ def test_payloads_that_are_none_are_refused() -> None:
     for wrong in (payload[:-1], payload + b"\0", b"", b"XXX" + payload[3:], beyond, infinite, without_rank):
         with pytest.raises(ValueError):
             codec.decode(wrong, {})
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_an_upload_is_as_long_as_what_it_adds_to_the_weights(rank: int) -> None:
+    upload, length = adapters(rank, rank), ProductLength(ALPHA)
+    stack = AdapterStack(ALPHA, "uniform")
+    stack.begin(1)
+    stack.add(upload, 1, None)
+    stacked = stack.result()
+    assert stacked is not None
+    added = [*products(stacked).values(), stacked[HEAD + "bias"]]
+    expected = np.sqrt(sum(np.square(value.astype(float)).sum() for value in added))
+    assert length.norm(upload) == pytest.approx(expected, rel=1e-5)
+    shortened = length.scaled(upload, 0.25)
+    assert length.norm(shortened) == pytest.approx(0.25 * expected, rel=1e-5)
+    for name in MATRICES:
+        product = shortened[B + name] @ shortened[A + name]
+        np.testing.assert_allclose(product, 0.25 * upload[B + name] @ upload[A + name], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(shortened[HEAD + "bias"], 0.25 * upload[HEAD + "bias"])
+
+
+def test_a_high_rank_is_believed_and_a_long_product_is_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    flora = "algorithm={name: flora, lora: {rank: 2}, ranks: [1, 1, 16], local: {num_epochs: 1, batch_size: 128}}"
+
+    def rejected(run_dir: Path) -> set[tuple[str, str]]:
+        rows = [row for row in read_rows(run_dir / LEDGER_FILE) if row["kind"] == "round"]
+        return {(rejection["client"], rejection["kind"]) for row in rows for rejection in row["rejected"]}
+
+    assert rejected(run(flora, "num_rounds=2")) == set()
+    honest = AdapterCodec.encode
+
+    def encode(codec: AdapterCodec, update: Arrays, *rest: Any, **how: Any) -> Any:
+        rank = next(len(value) for name, value in update.items() if name.startswith(A))
+        factor = 100 if rank == 16 else 1
+        longer = {name: value * factor if name.startswith(B) else value for name, value in update.items()}
+        return honest(codec, longer, *rest, **how)
+
+    monkeypatch.setattr(AdapterCodec, "encode", encode)
+    assert rejected(run(flora, "num_rounds=2", "seed=2")) == {("00002", "norm")}
+
+
+def test_statistics_that_training_would_move_are_refused() -> None:
+    class Normalised(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.norm, self.head = nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)
+
+    options = FloraOptions(lora=LoraOptions(rank=2, target_modules=("body",), trained_modules=("head",)))
+    adapted = AdaptedModels((Normalised(),), options.lora, None, 0)
+    with pytest.raises(ValueError, match=r"flora averages no statistics of a model such as 'norm\.running_mean'"):
+        SharedWeights(None, adapted, options)  # type: ignore[arg-type]
 
 
 def test_a_client_sends_adapters_of_its_rank_and_keeps_nothing(task: Task) -> None:

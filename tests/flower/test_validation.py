@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedkd_flwr.algorithms.base import Length
 from fedkd_flwr.core.arrays import Array
 from fedkd_flwr.flower.errors import MessageError
 from fedkd_flwr.flower.roster import Seat
-from fedkd_flwr.flower.validation import NormBound, implausible, norm_of
+from fedkd_flwr.flower.validation import NormBound, implausible
 
 
 def update(norm: float) -> dict[str, Array]:
@@ -40,9 +41,9 @@ def admitted(bound: NormBound, norm: float) -> bool:
 
 
 def test_the_norm_is_over_all_arrays_in_float64() -> None:
-    assert norm_of(update(5.0)) == pytest.approx(5.0)
-    assert norm_of({"w": np.full(4, 3e38, np.float32)}) == pytest.approx(6e38)
-    assert norm_of({}) == 0.0
+    assert Length().norm(update(5.0)) == pytest.approx(5.0)
+    assert Length().norm({"w": np.full(4, 3e38, np.float32)}) == pytest.approx(6e38)
+    assert Length().norm({}) == 0.0
 
 
 def test_a_first_round_judges_itself() -> None:
@@ -125,7 +126,7 @@ def test_a_clipped_update_keeps_its_direction_and_has_the_norm_of_the_bound(norm
     bound.begin()
     longer = update(norm)
     clipped = bound.admit(longer)
-    assert norm_of(clipped) == pytest.approx(5.0, rel=1e-6)
+    assert Length().norm(clipped) == pytest.approx(5.0, rel=1e-6)
     for name, value in longer.items():
         np.testing.assert_allclose(clipped[name], value * (5.0 / norm), rtol=1e-6)
         assert (clipped[name].dtype, clipped[name].shape) == (np.float32, value.shape)
@@ -146,7 +147,7 @@ def test_clipping_lets_the_bound_follow_clients_whose_updates_grow() -> None:
             bound.admit(update(20.0))
         bound.counted()
     bound.begin()
-    assert norm_of(bound.admit(update(20.0))) == pytest.approx(20.0)
+    assert Length().norm(bound.admit(update(20.0))) == pytest.approx(20.0)
 
 
 @settings(max_examples=50)
@@ -160,7 +161,7 @@ def test_the_verdict_does_not_depend_on_the_order_of_replies(
         found = {}
         for norm in order:
             try:
-                found[norm] = norm_of(bound.admit(update(norm)))
+                found[norm] = Length().norm(bound.admit(update(norm)))
             except MessageError:
                 found[norm] = -1.0
         bound.begin()
