@@ -3,7 +3,8 @@
 python benchmarks/lora.py ade|cifar10 [--seeds N] [--run LABEL]... [--set KEY=VALUE]... [--output DIR]
 
 Reads conf/TASK_lora_kd.yaml; the other conditions change its algorithm and nothing else, so partitions, version 0,
-epochs and batches are the same, and public examples are no client's in any of them. Prints one table and writes
+epochs and batches are the same, and public examples are no client's in any of them. On cifar10 the algorithms that need
+no adapters are there, too, as in conf/cifar10_half_*.yaml. Prints one table and writes
 lora_TASK.json. Scores of the shared model, which with lora_kd is the server's own, are of the server's test set, over
 the last three rounds; those of clients are of what each predicts with on its own test examples, at the end. Differences
 are in points, paired by seed, to averaged adapters.
@@ -60,6 +61,19 @@ def conditions_of(task: str) -> tuple[Condition, ...]:
     )
 
 
+def without_adapters() -> tuple[Condition, ...]:
+    """Every other algorithm on the pretrained ResNet."""
+    public = ("task.public={num_examples: 5000}",)
+    names = {
+        "FedKD, default codec": "fedkd",
+        "FD": "fd",
+        "MixFLD": "mixfld",
+        "Mix2FLD": "mix2fld",
+        "clients alone": "local_only",
+    }
+    return tuple(Condition(label, f"cifar10_half_{name}.yaml", public) for label, name in names.items())
+
+
 def print_table(results: list[dict[str, Any]], task: str) -> None:
     """A Markdown table."""
     of_reference = {row["seed"]: row for row in results if row["label"] == REFERENCE}
@@ -97,7 +111,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path())
     options = parser.parse_args()
     logging.getLogger("fedkd").setLevel(logging.ERROR)
-    conditions = conditions_of(options.task)
+    conditions = conditions_of(options.task) + (without_adapters() if options.task == "cifar10" else ())
     wanted = [c for c in conditions if not options.run or c.label in options.run]
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     results = carry_out(wanted, seeds, options.set, options.output / f"lora_{options.task}_runs")
