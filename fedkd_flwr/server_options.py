@@ -292,7 +292,8 @@ class ServerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
         allow_single_reply: permits `min_replies: 1`. The aggregate of one reply is that client's update.
         num_attempts: how often a client whose reply failed is asked within one round.
         share_history: let clients that join late catch up by the chain of past broadcasts where that is smaller. It
-            shows them every aggregate since the beginning, so by default they get the model as it is.
+            shows them every aggregate since the beginning, so by default they get the model as it is. With lora_kd
+            there is no such model: what was said of public examples is what they need, and they always get it.
         max_resyncs_per_round: clients that may be sent again, in one round, what they were sent before; by default
             half of those that train. Each one waits twice as long as the time before.
         validation: what the server believes of a client.

@@ -203,6 +203,8 @@ class Algorithm:
             backbone. A node with another one is not taken in.
         first_upload_bytes: of a client's first payload that later ones don't have.
         length: how long an upload is, where its numbers are not those of an update.
+        shows_history: whether the shared arrays hold what past broadcasts said: nothing is kept from a client that
+            joins late then by sending it these instead.
     """
 
     exchanges: Exchanges
@@ -216,6 +218,7 @@ class Algorithm:
     foundations: Callable[[], Mapping[str, bytes]] = dict
     first_upload_bytes: int = 0
     length: Length = field(default_factory=Length)
+    shows_history: bool = False
 
 
 class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):

@@ -146,6 +146,7 @@ class LoraKDOptions(AlgorithmOptions):
                 "soft labels can give away what a client's labels are",
             ),
             foundations=lambda: {"public examples": public.digest()},
+            shows_history=True,
         )
 
 

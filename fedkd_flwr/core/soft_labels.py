@@ -49,7 +49,8 @@ def by_power(probabilities: Probabilities, beta: float) -> Probabilities:
         beta: > 0.
     """
     with np.errstate(divide="ignore"):
-        return _softmax(beta * np.log(np.asarray(probabilities, np.float64)))
+        logs = np.log(np.asarray(probabilities, np.float64))
+    return _softmax(_times(logs, beta))
 
 
 def by_temperature(probabilities: Probabilities, temperature: float) -> Probabilities:
@@ -59,7 +60,8 @@ def by_temperature(probabilities: Probabilities, temperature: float) -> Probabil
         probabilities: [examples, classes].
         temperature: > 0.
     """
-    return by_power(probabilities, 1.0 / temperature)
+    with np.errstate(over="ignore"):
+        return by_power(probabilities, float(np.divide(1.0, temperature)))
 
 
 def by_entropy_reduction(probabilities: Probabilities, temperature: float) -> Probabilities:
@@ -69,7 +71,15 @@ def by_entropy_reduction(probabilities: Probabilities, temperature: float) -> Pr
         probabilities: [examples, classes].
         temperature: > 0.
     """
-    return _softmax(np.asarray(probabilities, np.float64) / temperature)
+    with np.errstate(over="ignore"):
+        return _softmax(_times(np.asarray(probabilities, np.float64), float(np.divide(1.0, temperature))))
+
+
+def _times(values: NDArray[np.float64], factor: float) -> NDArray[np.float64]:
+    """Beside the largest of each row, which softmax can't tell: so that no factor, infinity included, gives NaN."""
+    below = values - values.max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.where(below < 0, below * factor, 0.0)
 
 
 def _softmax(values: NDArray[np.float64]) -> Probabilities:

@@ -63,6 +63,7 @@ class Exchange(Strategy):
         self._num_rounds = runtime.experiment.num_rounds
         self._seed = runtime.experiment.seed
         self._options = options
+        self._tells_history = options.share_history or runtime.algorithm.shows_history
         self._ledger = ledger
         self._training_id = training_id
         self._checkpoints = checkpoints
@@ -77,8 +78,7 @@ class Exchange(Strategy):
         if wires:
             robust = options.aggregator.robust
             self._merger = Merger(wires.uplink, aggregator_of(runtime), bound, robust=robust)
-        num_sampled = runtime.experiment.num_sampled
-        self._sampler = Sampler(num_sampled, options.max_resyncs_per_round, self._seed, checkpoints)
+        self._sampler = Sampler(runtime.experiment.num_sampled, options.max_resyncs_per_round, self._seed, checkpoints)
         self._roster = Roster(runtime.experiment.num_clients)
         self._mailbox = Mailbox(ledger)
         self._asked: dict[str, tuple[str, int]] = {}  # message id -> client key and attempt, of the replies in hand
@@ -223,7 +223,7 @@ class Exchange(Strategy):
         ttl = self._options.round_timeout_seconds + TTL_MARGIN_SECONDS
         messages = []
         for seat in seats:
-            delivery = self.reference.delivery(seat.version, 0 if self._options.share_history else seat.joined_version)
+            delivery = self.reference.delivery(seat.version, 0 if self._tells_history else seat.joined_version)
             self._roster.sent(seat.client_key, current.version)
             instruction = Instruction(
                 training_id=self._training_id,

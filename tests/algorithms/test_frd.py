@@ -18,6 +18,7 @@ from fedkd_flwr.core.arrays import Array, Arrays
 from fedkd_flwr.core.entropy_coding import BitWriter, write_flags
 from fedkd_flwr.core.losses import soft_cross_entropy
 from fedkd_flwr.core.proxy_states import ProxyGrid
+from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.experiment import ConfigError, Experiment, load, parse
 from fedkd_flwr.flower.in_process import run_in_process
 from fedkd_flwr.measure.ledger import LEDGER_FILE, read_rows
@@ -148,6 +149,55 @@ def test_a_policy_moves_towards_the_memory_before_it_acts(options: type[FrdOptio
     visited = trained.upload[VISITED] > 0
     np.testing.assert_allclose(trained.upload[POLICIES][visited], policies[visited], atol=0.02)
     assert same(under("model/critic", trained.private), under("model/critic", private))  # a memory says nothing of it
+
+
+@pytest.mark.parametrize("options", [FrdOptions, MixFrdOptions])
+def test_one_step_of_distillation_is_that_of_the_equation(options: type[FrdOptions]) -> None:
+    """Against autograd on -sum_a p(a) log pi(a | s), over proxies, and pairs of neighbours mixed by one share each."""
+    rate, seed = 0.05, 3
+    still = OptimizerOptions(name="sgd", learning_rate=1e-30)  # so that acting changes nothing
+    one_step = OptimizerOptions(name="sgd", learning_rate=rate)
+    algorithm = options(local=LOCAL, optimizer=still, distillation_optimizer=one_step, distillation_steps=1).build(
+        TASK, 0
+    )
+    data, grid = TASK.client_data(0), TASK.proxies
+    rng = np.random.default_rng(0)
+    visited = rng.random(len(grid)) < 0.6
+    policies = (rng.dirichlet(np.ones(2), len(grid)) * visited[:, None]).astype(np.float32)
+    shared = {POLICIES: policies, VISITED: visited.astype(np.float32)}
+    private = algorithm.client.initial_private(data)
+    trained = algorithm.client.train(shared, private, data, Assignment(0.0, seed))
+
+    module = algorithm.client.model(private, data)  # type: ignore[attr-defined]
+    states, targets = grid.centres[visited], torch.from_numpy(policies)[visited]
+    if options is MixFrdOptions:
+        pairs = grid.neighbours(torch.from_numpy(visited))
+        assert len(pairs) > 0
+        draw = torch.Generator().manual_seed(derive_seed(seed, "mix"))
+        share = torch.rand(len(pairs), 1, generator=draw)
+        one, other = pairs.T
+        states = torch.cat([states, share * grid.centres[one] + (1 - share) * grid.centres[other]])
+        rows = torch.from_numpy(policies)
+        targets = torch.cat([targets, share * rows[one] + (1 - share) * rows[other]])
+    log_pi = TASK.policy(module, states).log_softmax(dim=-1)
+    (-(targets * log_pi).sum(dim=1).mean()).backward()  # type: ignore[no-untyped-call]
+    for name, parameter in module.named_parameters():
+        step = 0 if parameter.grad is None else rate * parameter.grad
+        expected = (parameter - step).detach().numpy()
+        np.testing.assert_allclose(under("model/", trained.private)[name], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep_moments", [True, False])
+def test_moments_are_kept_where_asked_for(keep_moments: bool) -> None:
+    algorithm = FrdOptions(local=LOCAL, optimizer=ADAM, keep_moments=keep_moments).build(TASK, 0)
+    data, shared = TASK.client_data(0), algorithm.shared.initial()
+    first = algorithm.client.train(shared, algorithm.client.initial_private(data), data, Assignment(0.0, 1)).private
+    forgotten = {name: value for name, value in first.items() if not name.startswith("optimizer/")}
+    assert (len(forgotten) < len(first)) == keep_moments
+    second, afresh = (
+        algorithm.client.train(shared, kept, data, Assignment(0.5, 2)).private for kept in (first, forgotten)
+    )
+    assert same(under("model/", second), under("model/", afresh)) != keep_moments
 
 
 def test_without_a_memory_agents_learn_as_they_would_alone() -> None:

@@ -1,5 +1,6 @@
 """Fine-tuning by outputs: the round, the cache, other backbones, and whole runs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from fedkd_flwr.measure.ledger import LEDGER_FILE, read_rows
 from fedkd_flwr.tasks.digits import DigitsOptions
 from fedkd_flwr.tasks.partition import IidPartition
 from fedkd_flwr.tasks.public import HeldOutOptions, PublicRows
-from tests.algorithms.conftest import FIRST, ONE_STEP, SECOND, SEED, Counting, same, vit
+from tests.algorithms.conftest import FIRST, ONE_STEP, SECOND, SEED, Counting, same, under, vit
 from tests.algorithms.little import NUM_CLASSES, Little, Net
 from tests.conftest import Run, small
 
@@ -206,6 +207,85 @@ def test_a_run_moves_the_bytes_of_the_formula_and_both_kinds_of_models_learn(run
     assert final["metrics"]["shared_global"]["accuracy"] > 0
     assert final["metrics"]["private_local"]["accuracy"] > 0
     assert len(list((run_dir / "state").glob("*/*/private_model/model.safetensors"))) == 3
+
+
+def test_the_losses_and_answers_are_those_of_the_temperature(public_task: Task) -> None:
+    """tau^2 KL(said || softmax(z / tau)) and softmax(z / tau), in float64 from the model's own logits."""
+    tau = 2.0
+    algorithm = build(
+        public_task,
+        temperature=tau,
+        distillation={"num_epochs": 1, "batch_size": 64, "optimizer": {"name": "sgd", "learning_rate": 1e-9}},
+        optimizer={"name": "sgd", "learning_rate": 1e-9},
+    )
+    data, shared = public_task.client_data(0), algorithm.shared.initial()
+    private = algorithm.client.initial_private(data)
+    said = np.random.default_rng(0).dirichlet(np.ones(10), ASKED).astype(np.float32)
+    known = answered(algorithm, shared, {SOFT_LABELS: said})
+    trained = algorithm.client.train(known, private, data, SECOND)
+
+    distiller = algorithm.client._distiller  # type: ignore[attr-defined]
+    module = algorithm.client._models.of(data)  # type: ignore[attr-defined]
+
+    def logits_of(version: int) -> np.ndarray:
+        positions = distiller._schedule.asked(version)
+        public = public_task.public_examples()  # type: ignore[attr-defined]
+        found = public_task.predict(module, public.select(positions.tolist()))
+        order = {int(label): row for label, row in zip(found.labels, found.log_probabilities, strict=True)}
+        return np.stack([order[int(position)] for position in positions]).astype(np.float64)
+
+    def softmax(values: np.ndarray) -> np.ndarray:
+        raised = np.exp(values - values.max(1, keepdims=True))
+        return np.asarray(raised / raised.sum(1, keepdims=True))
+
+    assert trained.upload is not None
+    np.testing.assert_allclose(trained.upload[SOFT_LABELS], softmax(logits_of(1) / tau), atol=1e-5)
+    target = said.astype(np.float64)
+    expected = tau**2 * (target * (np.log(target) - np.log(softmax(logits_of(0) / tau)))).sum(1).mean()
+    assert trained.metrics["distillation_loss"] == pytest.approx(expected, rel=2e-3)  # what is known is float16
+
+
+@pytest.mark.parametrize(
+    ("reduction", "expected"),
+    [
+        ({"name": "none"}, [0.6, 0.3, 0.1]),
+        ({"name": "power", "beta": 2.0}, [0.36 / 0.46, 0.09 / 0.46, 0.01 / 0.46]),
+        ({"name": "temperature", "temperature": 0.5}, [0.36 / 0.46, 0.09 / 0.46, 0.01 / 0.46]),
+        ({"name": "ds_fl", "temperature": 0.1}, np.exp([6.0, 3.0, 1.0]) / np.exp([6.0, 3.0, 1.0]).sum()),
+    ],
+)
+def test_what_goes_back_is_reduced_as_the_options_say(reduction: dict[str, object], expected: object) -> None:
+    lora = {"rank": 2, "target_modules": ["layers.0"]}
+    algorithm = build(Public(), num_asked=4, lora=lora, entropy_reduction=reduction)
+    aggregate = {SOFT_LABELS: np.tile(np.array([0.6, 0.3, 0.1], np.float32), (4, 1))}
+    found = algorithm.server.broadcast(aggregate, algorithm.shared.initial(), FIRST)[SOFT_LABELS]
+    np.testing.assert_allclose(found, np.tile(np.asarray(expected), (4, 1)), rtol=1e-5)
+
+
+def test_clients_count_as_the_option_says(public_task: Task) -> None:
+    rows = np.array([[0.8, 0.2], [0.2, 0.8]], np.float32)[:, None, :]
+    for weighting, expected in (("uniform", 0.5), ("num_examples", 0.35)):
+        algorithm = build(public_task, weighting=weighting)
+        assert algorithm.make_aggregator is not None
+        rule = algorithm.make_aggregator()
+        rule.begin(1)
+        for row, number in zip(rows, (10, 30), strict=True):
+            rule.add({SOFT_LABELS: row}, number, None)
+        result = rule.result()
+        assert result is not None
+        assert result[SOFT_LABELS][0, 0] == pytest.approx(expected)
+
+
+def test_logit_adjustment_changes_what_clients_learn(public_task: Task) -> None:
+    data = replace(public_task.client_data(0), label_counts=(100, *[1] * 9))
+    models = []
+    for strength in (0.0, 1.0):
+        algorithm = build(public_task, logit_adjustment=strength)
+        private = algorithm.client.initial_private(data)
+        models.append(algorithm.client.train(algorithm.shared.initial(), private, data, FIRST).private)
+    # A class that is common here is to count less: the head's bias for it ends lower.
+    bias = [under("model/", model)["classifier.bias"] for model in models]
+    assert bias[1][0] - bias[1][1:].mean() < bias[0][0] - bias[0][1:].mean()
 
 
 def end_of(run_dir: Path) -> tuple[Arrays, object]:

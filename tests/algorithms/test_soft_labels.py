@@ -139,6 +139,13 @@ def test_what_is_new_is_what_was_asked_since() -> None:
     assert len(schedule.new(0, 40)) == 100
 
 
+@pytest.mark.parametrize("num_public", [20, 50, 53, 99])
+def test_who_comes_late_learns_all_whatever_the_numbers(num_public: int) -> None:
+    schedule = Schedule(num_public, 20, seed=0)
+    for version in range(12):
+        assert set(schedule.new(0, version).tolist()) == set(schedule.known(version).tolist())
+
+
 def test_both_ends_draw_the_same_and_another_seed_another() -> None:
     first, again, other = (Schedule(100, 20, seed=seed).asked(0).tolist() for seed in (0, 0, 1))
     assert first == again != other

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from scipy.special import softmax
@@ -23,6 +25,13 @@ def test_a_temperature_or_a_power_of_1_leaves_the_mean_as_it_is() -> None:
 def test_towards_temperature_0_the_mean_becomes_one_hot() -> None:
     np.testing.assert_allclose(by_temperature(P, 1e-4), np.eye(5)[P.argmax(axis=1)], atol=1e-6)
     np.testing.assert_allclose(by_entropy_reduction(P, 1e-4), np.eye(5)[P.argmax(axis=1)], atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-310, 5e-324])
+@pytest.mark.parametrize("sharpen", [by_temperature, by_entropy_reduction])
+def test_no_temperature_is_too_low(sharpen: Callable[..., np.ndarray], temperature: float) -> None:
+    rows = np.concatenate([P, [[0.0, 0.5, 0.25, 0.25, 0.0]]])
+    np.testing.assert_array_equal(sharpen(rows, temperature), np.eye(5)[rows.argmax(axis=1)])
 
 
 def test_a_temperature_is_the_power_of_its_inverse() -> None:

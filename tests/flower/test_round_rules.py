@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message
 
+from fedkd_flwr.algorithms.base import Algorithm
+from fedkd_flwr.core.protocols import Task
 from fedkd_flwr.core.snapshot import snapshot_bytes
-from fedkd_flwr.experiment import ConfigError
+from fedkd_flwr.experiment import ConfigError, Experiment
 from fedkd_flwr.flower.checkpoint import Checkpoints
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.mailbox import Mailbox
@@ -101,6 +104,26 @@ def test_a_late_joiner_gets_the_whole_student_unless_history_is_shared(
     # Two payloads are fewer bytes than the student, but they show two aggregates of before the client came.
     assert (first.snapshot is None) == share_history
     assert len(first.payloads) == (2 if share_history else 0)
+    world.check()
+
+
+def test_a_late_joiner_gets_the_payloads_where_the_state_holds_what_they_said(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Experiment.build_algorithm
+
+    def showing(experiment: Experiment, task: Task) -> Algorithm:
+        return replace(build(experiment, task), shows_history=True)
+
+    monkeypatch.setattr(Experiment, "build_algorithm", showing)
+    world = make(
+        "server.min_available=3",
+        "seed=17",  # no other test's, because what is built is kept
+        nodes=3,
+        after_round=lambda world, number: late_joiner(world, number + 2),
+    )
+    first = next(instruction for partition, instruction in sent(world, monkeypatch) if partition == 3)
+    assert first.version == 2 and first.snapshot is None and len(first.payloads) == 2
     world.check()
 
 
