@@ -15,14 +15,14 @@ COLUMNS = (
     "MB up",
     "MB down",
     "fewer bytes",
-    "transfer, s",
+    "link, s",
     "seconds",
 )
 LEGEND = (
     "shared model: on the server's test set after the last round, and its mean over the last 3 rounds; local: on the "
     "clients' own test data; private: what never leaves a client; both: the mean of their probabilities. MB: per "
     "client over the whole run, every serialised message; fewer bytes: than dense FedAvg of the teacher with the same "
-    "participation; transfer: what they take over {link}, with the slowest client of each round."
+    "participation; link: the seconds that they take over {link}, with the slowest client of each round."
 )
 
 
