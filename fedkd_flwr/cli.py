@@ -226,11 +226,15 @@ def check(conf: Config, overrides: Overrides = None, output_dir: Output = None) 
     except ValueError as error:
         raise ConfigError(f"a client's first round failed: {error}") from error
     runtime = runtime_of(experiment)
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    draw_partition(runtime.task.data_report(), figure)
+    labels = runtime.task.data_report()
+    drawn = []
+    if any(map(any, labels.label_counts)):  # who learns by acting has none
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        draw_partition(labels, figure)
+        drawn = [f"partition: {figure}"]
     out.print(f"{conf}: valid; {expected.describe()}", highlight=False, soft_wrap=True)
     noise = [describe_privacy(expected.privacy)] if expected.privacy else []
-    for line in (*noise, *(f"note: {note}" for note in runtime.notes), f"partition: {figure}"):
+    for line in (*noise, *(f"note: {note}" for note in runtime.notes), *drawn):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

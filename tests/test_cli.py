@@ -13,7 +13,7 @@ from fedkd_flwr.flower.commands import Commands
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.store import REFERENCES_DIR, ClientStore
 from fedkd_flwr.measure.summary import SUMMARY_FILE, read_summary
-from tests.conftest import SMALL, Run, small
+from tests.conftest import ROOT, SMALL, Run, small
 
 
 def fedkd(*arguments: str) -> int:
@@ -149,6 +149,17 @@ def test_report_of_something_else_than_a_ledger_is_one_line_and_exit_2(
 
 ONE_CLASS_EACH = ("--set", "task.partition={name: pathological, classes_per_client: 1}", "--set", "num_clients=10")
 ONE_CLASS_NOTE = "note: clients 0, 1, 2, 3, 4 and 5 more have training examples of one class only (10 of 10 clients)"
+
+
+def test_check_of_what_is_learned_by_acting_draws_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gymnasium")
+    few = "task={name: cartpole, episodes: 1, test_episodes: 1}"
+    assert (
+        fedkd("check", str(ROOT / "conf/cartpole_frd.yaml"), "--set", few, "--output-dir", str(tmp_path / "out")) == 0
+    )
+    said = capsys.readouterr().out
+    assert "valid; about" in said and "partition" not in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_check_draws_the_labels_of_the_clients_and_notes_what_is_hard(
