@@ -82,13 +82,13 @@ def num_labels_of(task: Task, models: Sequence[nn.Module]) -> int:
 
     Raises:
         ValueError: if labels are no classes that are counted, a model says something else of an example than how likely
-            each class is, or no client has one of them.
+            each class is, or it is known that no client has one of them.
     """
     report = task.data_report()
     if not task.counts_labels or len(report.label_names) < 2 or num_classes_of(task, models) != len(report.label_names):
         raise ValueError("algorithm: outputs for each label need a task whose labels are classes that are counted")
-    held = np.sum(report.label_counts, axis=0) if report.label_counts else None  # nodes may bring their own
-    if held is not None and not held.all():
+    held = np.sum(report.label_counts, axis=0)
+    if report.of_all and not held.all():
         name = report.label_names[int(np.argmin(held))]
         raise ValueError(
             f"task.partition: each label must be held by a client, got none with {name!r}, so that nobody could say "

@@ -164,8 +164,9 @@ def _require_crossing(task: Task) -> None:
     Raises:
         ValueError: if no two clients have two labels in common.
     """
-    counts = np.array(task.data_report().label_counts) > 0
-    if not counts.any():  # the data is on the nodes
+    report = task.data_report()
+    counts = np.array(report.label_counts) > 0
+    if not report.of_all:
         return
     both = counts[:, :, None] & counts[:, None, :]
     both[:, np.arange(counts.shape[1]), np.arange(counts.shape[1])] = False

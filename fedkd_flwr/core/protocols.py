@@ -117,11 +117,14 @@ class DataReport:
         label_names: of the classes.
         label_counts: for each client, how many training labels of each class it has.
         notes: one line each: rows that were left out and why, clients that will find it hard.
+        of_all: whether the counts are of all clients. Where nodes bring their data, each knows its own alone, and the
+            server none.
     """
 
     label_names: tuple[str, ...]
     label_counts: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...] = ()
+    of_all: bool = True
 
 
 class Task(Protocol):

@@ -270,6 +270,7 @@ class ClientRows:
         self._seed = seed
         self._fraction = test_fraction
         self._elsewhere = isinstance(partition, OwnPartition)
+        self._divided = not isinstance(partition, OwnPartition | WholePartition)
         self._groups: list[Any] | None = None
         drawn = derive_seed(seed, "partition")
         if isinstance(partition, OwnPartition):
@@ -335,9 +336,9 @@ class ClientRows:
         of_each = label_counts(labels.train, [rows.tolist() for rows in distinct.values()], len(labels.names))
         counted = dict(zip(distinct, of_each, strict=True))
         counts = tuple(counted[id(rows)] for rows in self.train)
-        if self._elsewhere:
-            return DataReport(labels.names, counts, tuple(notes))
-        return DataReport(labels.names, counts, (*notes, *_class_notes(labels.names, counts), *client_notes(counts)))
+        if not self._elsewhere:
+            notes = (*notes, *_class_notes(labels.names, counts), *client_notes(counts))
+        return DataReport(labels.names, counts, tuple(notes), of_all=self._divided)
 
 
 def _origins(tables: "tuple[Dataset, Dataset]", column: str) -> tuple[list[Any], list[Any]]:

@@ -255,6 +255,20 @@ def test_a_site_that_can_not_be_used_is_refused_and_the_others_train(experiment:
     assert all(str(tmp_path / site) not in said for site in sites)
 
 
+@pytest.mark.parametrize("algorithm", ["fd", "mixfld", "mix2fld"])
+def test_sites_that_lack_a_label_take_part_in_what_is_said_of_labels(
+    algorithm: str, experiment: Experiment, tmp_path: Path
+) -> None:
+    for site, labels in enumerate((["red", "green"], ["red", "green", "blue"])):
+        rows = image_data.rows(30, first=100 * site) | {"label": [labels[n % len(labels)] for n in range(30)]}
+        image_data.write(tmp_path / f"site{site}", "train", rows, named=False)
+    nodes = [{"data-path": str(tmp_path / f"site{site}"), "name": f"site{site}"} for site in (0, 1)]
+    changed = [f"algorithm={{name: {algorithm}, local: {{num_epochs: 1}}}}", "num_clients=2"]
+    run_dir = run_in_process(parse(experiment.to_yaml(), changed), client_app.app, tmp_path / "run", nodes=nodes)
+    rounds = [row for row in read_rows(run_dir / "ledger.jsonl") if row["kind"] == "round" and row["round"] > 0]
+    assert [row["clients"] for row in rounds] == [["site0", "site1"]] * 2
+
+
 def test_an_experiment_whose_data_is_on_the_nodes_can_be_checked(
     experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
