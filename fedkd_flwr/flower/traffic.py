@@ -11,8 +11,8 @@ from typing import Literal
 from flwr.app import Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 
-# Measured on flwr 1.42: the Message object itself, and the object tree announced and confirmed. Flower 1.41, which names
-# no task in a message, needs 6 bytes less for the one and 11 for the other.
+# Measured on flwr 1.42: the Message object itself, and the object tree announced and confirmed. Flower 1.41, whose
+# messages name no task, needs 6 bytes less for the one and 11 for the other.
 ENVELOPE_BYTES = {"downlink": 146, "uplink": 214}
 FRAMING_BYTES = {"downlink": (66, 157), "uplink": (134, 319)}
 

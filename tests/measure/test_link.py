@@ -1,13 +1,16 @@
 """Bytes into time: by hand, and whatever the speeds."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import client_app
 from fedkd_flwr.experiment import ConfigError
+from fedkd_flwr.flower.in_process import run_in_process
 from fedkd_flwr.measure.ledger import LEDGER_FILE, read_rows
 from fedkd_flwr.measure.link import NetworkOptions, transfer_of
 from fedkd_flwr.report import read_run
@@ -87,6 +90,21 @@ def test_a_run_says_what_its_bytes_take_and_is_otherwise_as_without(run: Run) ->
     assert transfer["seconds"] == pytest.approx(expected.seconds, abs=1e-3) and transfer["seconds"] > 1
     assert list(transfer["seconds_by_round"]) == ["0", "1", "2", "3"]
     assert read_run(with_link).network == link and read_run(without).network is None
+
+
+def test_a_run_that_is_resumed_counts_the_seconds_of_both_parts(run: Run, tmp_path: Path) -> None:
+    link = "network={uplink_mbps: 0.1, downlink_mbps: 1}"
+    straight, resumed = run(link, "num_rounds=3"), tmp_path / "resumed"
+    run_in_process(small(link, "num_rounds=2"), client_app.app, resumed)
+    run_in_process(small(link, "num_rounds=3"), client_app.app, resumed, resume=True, force=True)
+    found, whole = (json.loads((run_dir / "summary.json").read_text())["transfer"] for run_dir in (resumed, straight))
+    # The first part ended with an evaluation, and clients were greeted once more; rounds cost what they cost.
+    assert found["seconds"] > whole["seconds"]
+    for number in ("1", "2"):
+        assert found["seconds_by_round"][number] == pytest.approx(
+            whole["seconds_by_round"][number], rel=0.1
+        )  # of two rounds in all, the second is coarser
+    assert found["seconds"] == pytest.approx(sum(found["seconds_by_round"].values()), abs=0.01)
 
 
 def test_curves_have_seconds_that_grow_with_the_bytes(run: Run) -> None:
