@@ -361,7 +361,8 @@ def _show(directories: list[Path], output: Path | None, link: NetworkOptions | N
     runs = [read_run(directory) for directory in directories]
     link = link or common_link(runs)
     console = out if out.is_terminal else Console(width=120)
-    console.print(screen_table([run.table_row(link) for run in runs], link.describe(), runs[0].metric))
+    rows = [run.table_row(link) for run in runs]
+    console.print(screen_table(rows, link.describe(), runs[0].metric, console.width))
     if any(run.network not in (None, link) for run in runs):
         out.print(f"note: runs name several networks; all are shown over {link.describe()}", highlight=False)
     noisy = [(run, privacy) for run in runs if (privacy := run.summary.get("privacy"))]

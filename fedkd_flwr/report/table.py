@@ -18,6 +18,10 @@ COLUMNS = (
     "link, s",
     "seconds",
 )
+# In a terminal that is too narrow for all; a file has them.
+LEFT_OUT_FIRST = ("seconds", "last 3 rounds", "both, local", "link, s", "shared, local", "MB down", "MB up")
+BETWEEN = 1  # character, between columns on a screen and around all
+
 LEGEND = (
     "shared model: on the server's test set after the last round, and its mean over the last 3 rounds; local: on the "
     "clients' own test data; private: what never leaves a client; both: the mean of their probabilities. MB: per "
@@ -33,17 +37,31 @@ def markdown_table(rows: Sequence[Mapping[str, str]], link: str) -> str:
     return "\n".join([*lines, "", LEGEND.format(link=link), ""])
 
 
-def screen_table(rows: Sequence[Mapping[str, str]], link: str, metric: str) -> Table:
-    """The rows as a table for a terminal; `link` as for `markdown_table`."""
+def screen_table(rows: Sequence[Mapping[str, str]], link: str, metric: str, room: int) -> Table:
+    """The rows as a table for a terminal with room for so many characters; `link` as for `markdown_table`.
+
+    No number is broken in two: what does not fit is left out, and so is what no run has.
+    """
+    shown = [column for column in COLUMNS if any(row[column] != "-" for row in rows)]
+    for column in LEFT_OUT_FIRST:
+        if sum(_width(rows, name) + BETWEEN for name in shown) + BETWEEN > room and column in shown:
+            shown.remove(column)
     table = Table(
         box=box.SIMPLE_HEAD,
         title=f"{metric}, bytes and time",
         caption=LEGEND.format(link=link),
         title_justify="left",
         caption_justify="left",
+        padding=0,
     )
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0)
+    for index, column in enumerate(shown):
+        width = _width(rows, column)  # or a heading of many words would take room from a number
+        table.add_column(column, justify="left" if index == 0 else "right", width=width, no_wrap=index == 0)
     for row in rows:
-        table.add_row(*(row[column] for column in COLUMNS))
+        table.add_row(*(row[column] for column in shown))
     return table
+
+
+def _width(rows: Sequence[Mapping[str, str]], column: str) -> int:
+    """Of the longest cell; the words of a heading may stand below one another."""
+    return max(map(len, (*column.split(), *(row[column] for row in rows))))

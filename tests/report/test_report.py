@@ -1,16 +1,18 @@
 """Tables and figures."""
 
+import io
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
+from rich.console import Console
 
 from fedkd_flwr.core.protocols import DataReport
 from fedkd_flwr.measure.link import USUAL, NetworkOptions, transfer_of
 from fedkd_flwr.report import common_link, read_run, reported, write_report
 from fedkd_flwr.report.figures import Curve, draw_curves
 from fedkd_flwr.report.progress import RoundLog, RoundNote
-from fedkd_flwr.report.table import COLUMNS, markdown_table
+from fedkd_flwr.report.table import COLUMNS, markdown_table, screen_table
 from tests.conftest import Run
 
 
@@ -72,6 +74,28 @@ def test_a_markdown_table_has_a_head_a_rule_and_a_row_for_each_run() -> None:
     assert lines[1].count("---") == len(COLUMNS)
     assert lines[2] == lines[3] == "| " + " | ".join(["x"] * len(COLUMNS)) + " |"
     assert "over a link" in lines[5]
+
+
+@pytest.mark.parametrize("width", [70, 80, 100, 120, 200])
+def test_no_number_on_a_screen_is_broken_in_two(width: int) -> None:
+    cells = ("an_experiment_of_a_long_name (seed 0)", "0.123", "0.234", "0.345", "0.456", "0.567")
+    row = dict(zip(COLUMNS, (*cells, "28.123", "28.456", "99.97 %", "247.6", "1234"), strict=True))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(screen_table([row, row], "a link", "accuracy", width))
+    text = console.export_text()
+    shown = [column for column in COLUMNS if row[column] in text]
+    assert {"run", "shared model", "private, local", "fewer bytes"} <= set(shown)
+    assert (len(shown) == len(COLUMNS)) == (width >= 120)
+    lines = [line.split() for line in text.splitlines() if "an_experiment" in line]
+    assert lines == [[word for column in shown for word in row[column].split()]] * 2
+
+
+def test_a_column_that_no_run_fills_is_not_shown() -> None:
+    row = dict.fromkeys(COLUMNS, "1") | {"both, local": "-"}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(screen_table([row], "a link", "accuracy", 120))
+    head = console.export_text().split("─")[0]
+    assert "private" in head and "both" not in head
 
 
 def test_transfer_is_told_over_the_link_that_is_asked_for_or_the_first_that_a_run_names(
