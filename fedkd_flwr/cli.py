@@ -363,7 +363,7 @@ def _show(directories: list[Path], output: Path | None, link: NetworkOptions | N
     console = out if out.is_terminal else Console(width=120)
     rows = [run.table_row(link) for run in runs]
     console.print(screen_table(rows, link.describe(), runs[0].metric, console.width))
-    if any(run.network not in (None, link) for run in runs):
+    if len(runs) > 1 and any(run.network not in (None, link) for run in runs):
         out.print(f"note: runs name several networks; all are shown over {link.describe()}", highlight=False)
     noisy = [(run, privacy) for run in runs if (privacy := run.summary.get("privacy"))]
     disclosed = [f"{run.label}: {describe_privacy(privacy)}" for run, privacy in noisy]

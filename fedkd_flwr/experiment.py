@@ -179,10 +179,10 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             ConfigError: if the options don't fit these tensors.
         """
         buffers = [tensor.name for tensor in spec if tensor.kind == "buffer"]
-        if self.privacy is not None and buffers:
+        if self.noise_facts is not None and buffers:
+            key = "privacy: must be null" if self.privacy is not None else "server.aggregator: must be another"
             raise ConfigError(
-                f"privacy: must be null for a model with statistics, which have no noise, got {buffers[0]}; take one "
-                "without BatchNorm"
+                f"{key} for a model with statistics, which have no noise, got {buffers[0]}; take one without BatchNorm"
             )
         feedback_pays = not self.server.aggregator.robust and self.privacy is None
         try:

@@ -9,8 +9,23 @@ from fedkd_flwr.algorithms.fedkd import FedKDOptions
 from fedkd_flwr.algorithms.fedprox import FedProxOptions
 from fedkd_flwr.algorithms.local_only import LocalOnlyOptions
 from fedkd_flwr.experiment import baselines_of, load, parse
+from fedkd_flwr.report.verdict import _conditions
 from tests.conftest import ROOT, SMALL, small
 from tests.test_cli import fedkd as command
+
+
+def test_what_changes_no_result_keeps_no_pair_apart() -> None:
+    same = {
+        _conditions(small(*changes), seed=True)
+        for changes in (
+            (),
+            ("network={uplink_mbps: 1, downlink_mbps: 10}",),
+            ("server.round_timeout_seconds=77",),
+            ("server.keep_checkpoints=3",),
+        )
+    }
+    assert len(same) == 1
+    assert _conditions(small("server.num_train=2"), seed=True) not in same
 
 
 @pytest.mark.parametrize("name", ["fedkd", "fedkd_paper"])

@@ -17,6 +17,7 @@ from scipy import stats
 import client_app
 from fedkd_flwr.core.arrays import Arrays, TensorSpec
 from fedkd_flwr.experiment import ConfigError
+from fedkd_flwr.flower.budget import check_accounting
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.in_process import run_in_process
 from fedkd_flwr.flower.local_grid import task_identity
@@ -79,9 +80,25 @@ def test_noise_is_normal_with_the_deviation_that_was_asked_for() -> None:
     zeros = {"a": np.zeros((300, 100), np.float32)}
     noisy = privatised(zeros, PrivacyOptions(clip_norm=0.2, noise_multiplier=3.0))["a"].ravel() / 0.6
     assert stats.kstest(noisy, "norm").pvalue > 1e-6
-    assert not np.array_equal(
-        noisy, privatised(zeros, PrivacyOptions(clip_norm=0.2, noise_multiplier=3.0))["a"].ravel()
-    )
+    again = privatised(zeros, PrivacyOptions(clip_norm=0.2, noise_multiplier=3.0))["a"].ravel() / 0.6
+    assert abs(np.corrcoef(noisy, again)[0, 1]) < 0.05
+
+
+def test_a_model_with_statistics_is_refused_whoever_adds_the_noise() -> None:
+    spec = (TensorSpec("w", (3,)), TensorSpec("running_mean", (3,), "buffer"))
+    noisy = "server.aggregator={name: dp_fixed_clipping, clipping_norm: 1.0, noise_multiplier: 1.0}"
+    for change, key in (("privacy={clip_norm: 1.0, noise_multiplier: 1.0}", "privacy"), (noisy, "server.aggregator")):
+        with pytest.raises(ConfigError, match=rf"^{key}: must be .* for a model with statistics, .* got running_mean"):
+            small(change, "compressor={name: identity}").build_codec(spec, "uplink")
+
+
+def test_a_budget_that_one_round_of_all_its_attempts_can_exceed_is_refused_before_it() -> None:
+    changes = ["privacy={clip_norm: 1.0, noise_multiplier: 0.5, max_epsilon: 30.0}", "compressor={name: identity}"]
+    check_accounting(small(*changes))
+    with pytest.raises(
+        ConfigError, match=r"one round can take .* asked up to 2 times \(server\.num_attempts\), got 30"
+    ):
+        check_accounting(small(*changes, "server.num_attempts=2"))
 
 
 def test_halves_of_a_draw_are_independent() -> None:

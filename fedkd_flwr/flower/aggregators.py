@@ -58,6 +58,8 @@ _ARRAYS, _METRICS = "arrays", "metrics"
 _NUM_EXAMPLES, _TRAIN_LOSS = "num-examples", "train_loss"
 _FIRST_MOMENT, _SECOND_MOMENT = "first moment/", "second moment/"
 # Flower's defaults would have it wait for nodes, or sample among them; the exchange has done both.
+_LEAST = 1e-12  # of a number, instead of 0
+
 _NO_SAMPLING: Mapping[str, Any] = {
     "fraction_train": 1.0,
     "min_train_nodes": 1,
@@ -116,12 +118,16 @@ class FlowerStrategy:
         make: makes the strategy for a number of uploads, which one rule needs to know.
         uniform: count every client alike.
         needs_loss: whether the strategy weighs by it.
+        divides_by_norm: whether the strategy can't take an upload of zeros.
     """
 
-    def __init__(self, make: Callable[[int], Strategy], *, uniform: bool, needs_loss: bool) -> None:
+    def __init__(
+        self, make: Callable[[int], Strategy], *, uniform: bool, needs_loss: bool, divides_by_norm: bool = False
+    ) -> None:
         self._make = make
         self._uniform = uniform
         self._needs_loss = needs_loss
+        self._divides_by_norm = divides_by_norm
         self._server_round = 0
         self._uploads: list[tuple[Arrays, int, float]] = []
         self._state: Arrays = {}
@@ -135,6 +141,8 @@ class FlowerStrategy:
         """Keep one upload."""
         if self._needs_loss and (loss is None or loss < 0):
             raise MessageError(f"{_TRAIN_LOSS}, which this aggregator weighs by, must be at least 0, got {loss}")
+        if self._divides_by_norm and not any(value.any() for value in upload.values()):
+            upload = {name: np.full_like(value, _LEAST) for name, value in upload.items()}
         self._uploads.append((upload, 1 if self._uniform else num_examples, loss or 0.0))
 
     def result(self) -> Arrays | None:
@@ -307,7 +315,12 @@ def build_aggregator(options: AggregatorOptions) -> Aggregator:
     make = STRATEGIES[options.name]
     uniform = getattr(options, "weighting", "uniform") == "uniform"
     needs_loss = isinstance(options, QFedAvgAggregation)
-    return FlowerStrategy(lambda num_uploads: make(options, num_uploads), uniform=uniform, needs_loss=needs_loss)
+    return FlowerStrategy(
+        lambda num_uploads: make(options, num_uploads),
+        uniform=uniform,
+        needs_loss=needs_loss,
+        divides_by_norm=isinstance(options, DpFixedClippingAggregation),
+    )
 
 
 def aggregator_of(runtime: Runtime) -> Aggregator:

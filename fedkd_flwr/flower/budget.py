@@ -3,6 +3,8 @@
 from fedkd_flwr.experiment import ConfigError, Experiment
 from fedkd_flwr.measure.privacy_account import PrivacyAccount, require_accounting
 
+NO_BOUND = "without noise, there is no bound"
+
 
 def check_accounting(experiment: Experiment) -> None:
     """Refuse early what could not be accounted for later, or allows not even one round.
@@ -18,9 +20,11 @@ def check_accounting(experiment: Experiment) -> None:
         raise ConfigError(str(error)) from None
     if experiment.privacy is None or (most := experiment.privacy.max_epsilon) is None:
         return
-    least = PrivacyAccount(experiment.noise_facts).epsilon_after(1)
+    attempts = experiment.server.num_attempts
+    least = PrivacyAccount(experiment.noise_facts).epsilon_after(attempts)
     if least is None or least > most:
-        takes = "without noise, there is no bound" if least is None else f"one round takes {least:.4g}"
+        can = f"can take {least:.4g}, because a client is asked up to {attempts} times (server.num_attempts)"
+        takes = f"one round {can if attempts > 1 else f'takes {least:.4g}'}" if least is not None else NO_BOUND
         raise ConfigError(f"privacy.max_epsilon: {takes}, got {most:g}; raise it, or noise_multiplier")
 
 

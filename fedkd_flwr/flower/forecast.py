@@ -43,6 +43,7 @@ class Forecast:
         uplink_bytes: its reply, the largest of those tried, without what only the first has.
         first_bytes: what that has besides, see `Algorithm.first_upload_bytes`.
         downlink_bytes: its instruction with the broadcast that their updates gave.
+        framing_bytes: of reply and instruction, which take time on a link, too.
         broadcast_share: the broadcast's payload as a share of a dense float32 copy of what is exchanged; None where
             nothing is.
         dense_bytes: one float32 copy of the teacher's trainable parameters, for comparison.
@@ -59,6 +60,7 @@ class Forecast:
     uplink_bytes: int
     first_bytes: int
     downlink_bytes: int
+    framing_bytes: tuple[int, int]
     broadcast_share: float | None
     dense_bytes: int
     aggregator: str
@@ -83,10 +85,13 @@ class Forecast:
         if self.first_bytes:
             text += f"; a client's first reply has {self.first_bytes / KILOBYTE:.1f} kB more"
         if self.network is not None:
-            seconds = self.network.seconds(self.uplink_bytes, "uplink")
-            seconds += self.network.seconds(self.downlink_bytes, "downlink")
+            up, down = self.framing_bytes
+            seconds = self.network.seconds(self.uplink_bytes + up, "uplink")
+            seconds += self.network.seconds(self.downlink_bytes + down, "downlink")
             text += f"; {seconds:.2g} s of transfer in each round over {self.network.describe()}"
-            if self.network.round_deadline_s is not None and seconds > self.network.round_deadline_s:
+            first = self.network.seconds(self.uplink_bytes + self.first_bytes + up, "uplink")  # nothing comes down yet
+            longest = max(seconds, first)
+            if self.network.round_deadline_s is not None and longest > self.network.round_deadline_s:
                 text += f", which is beyond network.round_deadline_s, {self.network.round_deadline_s:g}"
         if self.fraction < 1:
             text += "; a client that sat out some rounds is sent what it missed besides"
@@ -121,10 +126,13 @@ def forecast(experiment: Experiment) -> Forecast:
     share = None
     if broadcast is not None and runtime.wires is not None:
         share = len(broadcast) / (FLOAT_BYTES * num_elements(runtime.wires.downlink.spec))
+    largest = max((traffic_of(up, "uplink") for up in ups), key=lambda traffic: traffic.wire_bytes)
+    instructed = traffic_of(down, "downlink")
     return Forecast(
-        uplink_bytes=max(traffic_of(up, "uplink").wire_bytes for up in ups) - runtime.algorithm.first_upload_bytes,
+        uplink_bytes=largest.wire_bytes - runtime.algorithm.first_upload_bytes,
         first_bytes=runtime.algorithm.first_upload_bytes,
-        downlink_bytes=traffic_of(down, "downlink").wire_bytes,
+        downlink_bytes=instructed.wire_bytes,
+        framing_bytes=(largest.framing_bytes, instructed.framing_bytes),
         broadcast_share=share,
         dense_bytes=FLOAT_BYTES * runtime.algorithm.num_teacher_parameters,
         aggregator=experiment.server.aggregator.name,

@@ -99,7 +99,10 @@ def _exchange(runtime: Runtime, settings: ServerSettings, ledger: Ledger) -> Exc
     attempt = 1
     if ledger.training_id:
         ledger.write(
-            "resume", round=checkpoint.server_round if checkpoint else 0, num_rounds=runtime.experiment.num_rounds
+            "resume",
+            round=checkpoint.server_round if checkpoint else 0,
+            num_rounds=runtime.experiment.num_rounds,
+            network=network.model_dump() if (network := runtime.experiment.network) else None,
         )
         attempt = 1 + ledger.num_resumes * runtime.experiment.server.num_attempts
     else:

@@ -4,6 +4,7 @@ Every client has a link of its own, slower up than down as a rule. Clients move 
 round takes as long as the client with the most to move; training and waiting are not counted.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,31 +66,52 @@ class Transfer:
     by_round: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
     _by_node: dict[int, dict[str, float]] = field(default_factory=dict)
-    _num_unknown: int = 0
+    _before: dict[int, float] = field(default_factory=dict)  # seconds of rounds before the run was resumed
+    _late_before: Counter[int] = field(default_factory=Counter)
+    _unknown: Counter[tuple[int, str]] = field(default_factory=Counter)
 
     def take(self, row: Mapping[str, Any]) -> None:
-        """Add a row of the ledger; only messages count."""
+        """Add a row of the ledger; only messages count, and where a resumed run began anew."""
+        if row["kind"] == "resume":
+            self._begin_anew()
         if row["kind"] != "message":
             return
         node = row["node"]
-        if node == _UNKNOWN:  # each of them is another client, as far as anybody knows
-            self._num_unknown += 1
-            node = f"{_UNKNOWN}{self._num_unknown}"
+        if node == _UNKNOWN:  # the first answer in a round is to the first greeting, as far as anybody knows
+            self._unknown[row["round"], row["direction"]] += 1
+            node = f"{_UNKNOWN}{self._unknown[row['round'], row['direction']]}"
         nodes = self._by_node.setdefault(row["round"], {})
         num_bytes = row["wire_bytes"] + row.get("framing_bytes", 0)
         nodes[node] = nodes.get(node, 0.0) + self.link.seconds(num_bytes, row["direction"])
         before = self.by_round.get(row["round"], 0.0)
-        self.by_round[row["round"]] = max(before, nodes[node])
+        self.by_round[row["round"]] = max(before, self._before.get(row["round"], 0.0) + nodes[node])
         self.seconds += self.by_round[row["round"]] - before
 
     @property
     def late_by_round(self) -> dict[int, int]:
         """How many clients would have been beyond the deadline in a round; rounds without any are left out."""
+        late = self._late_before + self._late()
+        return {number: count for number, count in sorted(late.items()) if count}
+
+    def _late(self) -> Counter[int]:
         deadline = self.link.round_deadline_s
         if deadline is None:
-            return {}
-        late = {number: sum(s > deadline for s in nodes.values()) for number, nodes in self._by_node.items()}
-        return {number: count for number, count in late.items() if count}
+            return Counter()
+        return Counter({number: sum(s > deadline for s in nodes.values()) for number, nodes in self._by_node.items()})
+
+    def _begin_anew(self) -> None:
+        """What follows comes after all that was, also where a round has the number of one before."""
+        self._late_before += self._late()
+        self._before, self._by_node, self._unknown = dict(self.by_round), {}, Counter()
+
+
+def network_of(rows: Iterable[Mapping[str, Any]]) -> NetworkOptions | None:
+    """The links that a run names; those that it named last, where it was resumed with others."""
+    named: Mapping[str, Any] | None = None
+    for row in rows:
+        if row["kind"] == "start" or (row["kind"] == "resume" and "network" in row):
+            named = row.get("network")
+    return NetworkOptions(**named) if named else None
 
 
 def transfer_of(rows: Iterable[Mapping[str, Any]], link: NetworkOptions) -> Transfer:

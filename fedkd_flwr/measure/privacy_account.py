@@ -2,8 +2,9 @@
 
 Two observers are told apart. The **server** sees each reply on its own: as many Gaussian mechanisms as the client was
 asked to train, each with that client's noise alone. Everybody else, other clients and whoever uses the model, sees
-**released** broadcasts: each has the noise of all replies in it, as long as their clients did add it. Sampling is not
-counted in anyone's favour, because the server knows whom it asked, and so do the clients.
+**released** broadcasts: each has the noise of all replies in it, as long as their clients did add it. That of one reply
+counts for nothing: who took part knows what it sent, and can take it out again. Sampling is not counted in anyone's
+favour, because the server knows whom it asked, and so do the clients.
 
 Mechanisms with noise multipliers z_1 ... z_n compose to one with 1 / sqrt(sum 1 / z_i^2) (Dong, Roth and Su 2019,
 https://arxiv.org/abs/1905.02383); its epsilon is that of Balle and Wang 2018, https://arxiv.org/abs/1805.06530, from
@@ -86,8 +87,8 @@ class PrivacyAccount:
         }
 
     def _disclosed(self, num_replies: int) -> float:
-        """1 / z^2 of a broadcast of so many replies."""
-        copies = num_replies if self._facts["noise_by"] == "clients" else 1
+        """1 / z^2 of a broadcast of so many replies, for whoever sent one of the others."""
+        copies = max(1, num_replies - 1) if self._facts["noise_by"] == "clients" else 1
         variance = copies * self._multiplier**2
         return 1.0 / variance if variance else math.inf
 

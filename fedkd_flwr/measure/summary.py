@@ -8,8 +8,9 @@ from typing import Any
 
 from fedkd_flwr.core.arrays import FLOAT_BYTES
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
-from fedkd_flwr.measure.link import NetworkOptions, Transfer
+from fedkd_flwr.measure.link import Transfer, network_of, transfer_of
 from fedkd_flwr.measure.metrics import SCOPES
+from fedkd_flwr.measure.privacy_account import PrivacyAccount
 
 SUMMARY_FILE = "summary.json"
 SECONDS = ("client_train", "encode", "decode", "aggregate")
@@ -43,16 +44,13 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     rejected: dict[str, int] = {}
     stopped_early = ""
     privacy: Row | None = None
-    transfer: Transfer | None = None
+    rows = list(rows)
     for row in without_repeats(rows):
         if row["kind"] == "start":
             start = row
-            transfer = Transfer(NetworkOptions(**network)) if (network := row.get("network")) else None
         elif row["kind"] == "message":
             wire[row["direction"]] += row["wire_bytes"]
             num_trainings += row["purpose"] == "train" and row["direction"] == "downlink"
-            if transfer is not None:
-                transfer.take(row)
         elif row["kind"] in ("round", "final"):
             metrics |= {scope: row["metrics"][scope] for scope in SCOPES if row["metrics"].get(scope)}
             spread |= {scope: values for scope, values in row.get("spread", {}).items() if values}
@@ -67,6 +65,9 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
             end = {"status": "unfinished"}
             start = start | {"num_rounds": row.get("num_rounds")}
         end = row if row["kind"] == "end" else end | {"elapsed_seconds": row["elapsed_seconds"]}
+    if privacy is not None and start.get("privacy"):
+        privacy = _disclosed(rows, start["privacy"], privacy)
+    link = network_of(rows)
     facts = ("experiment", "task", "algorithm", "compressor", "aggregator", "seed", "num_clients", "num_rounds")
     return {
         **{fact: start.get(fact) for fact in facts},
@@ -79,8 +80,19 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
         "rejected": dict(sorted(rejected.items())),
         "stopped_early": stopped_early or None,
         **({"privacy": privacy} if privacy else {}),
-        **({"transfer": _transfer(transfer)} if transfer else {}),
+        **({"transfer": _transfer(transfer_of(rows, link))} if link else {}),
     }
+
+
+def _disclosed(rows: Iterable[Row], facts: Mapping[str, Any], last: Row) -> Row:
+    """What clients have disclosed at the very end: after the last closed round some may have trained once more."""
+    account = PrivacyAccount(facts)
+    for row in rows:
+        account.take(row)
+    try:
+        return account.spent()
+    except ImportError:  # read where the run was not
+        return last
 
 
 def _transfer(transfer: Transfer) -> dict[str, Any]:

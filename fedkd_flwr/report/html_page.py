@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fedkd_flwr.experiment import CONFIG_FILE
+from fedkd_flwr.measure.link import NetworkOptions, transfer_of
 from fedkd_flwr.measure.metrics import SCOPES
 from fedkd_flwr.report.account import Account, account_of
 from fedkd_flwr.report.charts import Axes, Series, bar_chart, line_chart
@@ -29,12 +30,12 @@ MOST_BARS = 40  # rounds; beyond, bars flicker
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def html_page(run: RunResult) -> str:
-    """The report of one run: finished, failed or still going on."""
+def html_page(run: RunResult, link: NetworkOptions | None = None) -> str:
+    """The report of one run: finished, failed or still going on; bytes as seconds over a link, or the run's own."""
     account = account_of(run.rows)
     title = as_text(run.label)
     sections = [
-        _headline(run, account),
+        _headline(run, account, link or run.network),
         _scores(run),
         _curves(run, account),
         _bytes(run),
@@ -67,12 +68,11 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], kin
     return f"<div {region}>{table}</div>"
 
 
-def _headline(run: RunResult, account: Account) -> str:
+def _headline(run: RunResult, account: Account, link: NetworkOptions | None) -> str:
     summary = run.summary
     status = "running or interrupted" if summary["status"] == "unfinished" else summary["status"]
     said = {name: as_text(value) for name, value in summary.items()}
     best = run.score("shared_global")
-    late = sum((summary.get("transfer") or {}).get("late_by_round", {}).values())
     name = "shared model"
     if best is None and (best := run.score("private_local")) is not None:
         name = "private models"
@@ -84,9 +84,11 @@ def _headline(run: RunResult, account: Account) -> str:
         ("fewer bytes than dense FedAvg of the teacher", NONE if reduction is None else f"{100 * reduction:.1f} %"),
         ("duration", _duration(summary["seconds"]["wall"])),
     ]
-    if transfer := summary.get("transfer"):
+    if link is not None:
+        transfer = transfer_of(run.rows, link)
+        late = sum(transfer.late_by_round.values())
         beyond = f"; {late} times beyond the deadline" if late else ""
-        tiles.append((f"of transfer, {as_text(transfer['link'])}{beyond}", _duration(transfer["seconds"])))
+        tiles.append((f"of transfer, {as_text(link.describe())}{beyond}", _duration(transfer.seconds)))
     parts = [
         f"<header><h1>{said['experiment']} "
         f'<span class="status {said["status"]}">{as_text(status)}</span></h1>'

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
-from fedkd_flwr.measure.link import USUAL, NetworkOptions, Transfer, transfer_of
+from fedkd_flwr.measure.link import USUAL, NetworkOptions, Transfer, network_of, transfer_of
 from fedkd_flwr.measure.metrics import last_mean
 from fedkd_flwr.measure.summary import summarise, without_repeats
 from fedkd_flwr.report.figures import Curve
@@ -55,23 +55,28 @@ class RunResult:
     @property
     def network(self) -> NetworkOptions | None:
         """The links that the experiment names."""
-        start: Row = next((row for row in self.rows if row["kind"] == "start"), {})
-        return NetworkOptions(**start["network"]) if start.get("network") else None
+        return network_of(self.rows)
 
     def curve(self, link: NetworkOptions = USUAL) -> Curve:
         """Score by round, against the bytes spent until then, and against what these take over a link."""
         scope = "shared_global" if self.summary["metrics"]["shared_global"] else "private_local"
-        moved, transfer = 0, Transfer(link)
+        total, transfer = 0, Transfer(link)
+        spent = {-1: (0.0, 0.0)}  # by round
         curve = Curve(self.label + ("" if scope == "shared_global" else ", own data"), [], [], [], [])
         for row in self.rows:
+            transfer.take(row)
             if row["kind"] == "message":
-                moved += row["wire_bytes"]
-                transfer.take(row)
-            elif row["kind"] == "round" and (scores := row["metrics"][scope]) and scores.get(self.metric) is not None:
-                # Local scores are of the version that the round began with.
-                curve.rounds.append(row["round"] if scope == "shared_global" else row["round"] - 1)
-                curve.megabytes.append(moved / MEGABYTE / self.summary["num_clients"])
-                curve.seconds.append(transfer.seconds)
+                total += row["wire_bytes"]
+            if row["kind"] not in ("round", "final"):
+                continue
+            spent[row["round"]] = total / MEGABYTE / self.summary["num_clients"], transfer.seconds
+            # Local scores are of the version that the round began with; the shared one has been scored by then.
+            at = row["round"] - (scope != "shared_global")
+            scores = row["metrics"].get(scope) if scope != "shared_global" or row["kind"] == "round" else None
+            if scores and scores.get(self.metric) is not None and at in spent:
+                curve.rounds.append(at)
+                curve.megabytes.append(spent[at][0])
+                curve.seconds.append(spent[at][1])
                 curve.scores.append(scores[self.metric])
         return curve
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import sqrt
 from statistics import mean, stdev
+from typing import Any
 
 from scipy.special import stdtrit
 
@@ -55,9 +56,12 @@ def _read(run: RunResult) -> Experiment | None:
 
 def _conditions(experiment: Experiment, *, seed: bool) -> str:
     """All that decides what a run comes to, as one text; with or without the seed."""
-    left_out = {"name", "output_dir"} if seed else {"name", "output_dir", "seed"}
+    left_out: dict[str, Any] = dict.fromkeys(("name", "output_dir", "network"), True)
+    left_out["server"] = {"round_timeout_seconds", "connect_timeout_seconds", "keep_checkpoints"}
+    if not seed:
+        left_out["seed"] = True
     if experiment.algorithm.name == "local_only":
-        left_out.add("compressor")  # nothing is sent
+        left_out["compressor"] = True  # nothing is sent
     return experiment.model_dump_json(exclude=left_out)
 
 

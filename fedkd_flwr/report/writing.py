@@ -38,14 +38,14 @@ def write_report(
     target = output or directories[0]
     target.mkdir(parents=True, exist_ok=True)
     figure, table = target / CURVES_FILE, target / TABLE_FILE
-    link = link or common_link(runs)
+    asked, link = link, link or common_link(runs)
     draw_curves([run.curve(link) for run in runs], runs[0].metric, link.describe(), figure)
     rows = markdown_table([run.table_row(link) for run in runs], link.describe())
     text = rows + "".join(f"\n* {line}" for line in verdict(runs))
     table.write_text(text.rstrip() + "\n", encoding="utf-8")
     if output is None or len(runs) == 1:  # of several runs elsewhere, each has its page already
         for run in runs:
-            (output or run.directory).joinpath(PAGE_FILE).write_text(html_page(run), encoding="utf-8")
+            (output or run.directory).joinpath(PAGE_FILE).write_text(html_page(run, asked), encoding="utf-8")
     return figure, table
 
 

@@ -307,6 +307,21 @@ def test_momentum_is_of_the_uploads_and_not_of_former_aggregates() -> None:
             np.testing.assert_allclose(flat(aggregate), ETA * factor * of_round.mean(), rtol=1e-5, atol=1e-7)
 
 
+def test_an_update_of_zeros_does_not_take_the_round_with_it() -> None:
+    """Flower divides by its norm."""
+    clipped = built("dp_fixed_clipping", clipping_norm=2.0)
+    uploads = Round(0, 7).uploads[:2]
+    clipped.begin(1)
+    for upload in (*uploads, {name: np.zeros_like(value) for name, value in uploads[0].items()}):
+        clipped.add(upload, 1, None)
+    result = clipped.result()
+    assert result is not None
+    scales = [min(1.0, 2.0 / np.sqrt(sum(np.square(value).sum() for value in each.values()))) for each in uploads]
+    for name, value in result.items():
+        expected = sum(scale * each[name] for scale, each in zip(scales, uploads, strict=True)) / 3
+        np.testing.assert_allclose(value, expected, atol=1e-5)
+
+
 def test_momentum_zero_at_rate_one_is_the_mean() -> None:
     aggregate = taken(built("fedavgm", eta=1.0, momentum=0.0), 1, Round(0, 5))
     np.testing.assert_allclose(flat(aggregate), Round(0, 5).mean(), rtol=1e-5, atol=1e-7)

@@ -1,6 +1,7 @@
 """Bytes into time: by hand, and whatever the speeds."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 
 import client_app
 from fedkd_flwr.experiment import ConfigError
+from fedkd_flwr.flower.forecast import forecast
 from fedkd_flwr.flower.in_process import run_in_process
 from fedkd_flwr.measure.ledger import LEDGER_FILE, read_rows
-from fedkd_flwr.measure.link import NetworkOptions, transfer_of
+from fedkd_flwr.measure.link import NetworkOptions, network_of, transfer_of
 from fedkd_flwr.report import read_run
 from tests.conftest import Run, small
 
@@ -98,13 +100,59 @@ def test_a_run_that_is_resumed_counts_the_seconds_of_both_parts(run: Run, tmp_pa
     run_in_process(small(link, "num_rounds=2"), client_app.app, resumed)
     run_in_process(small(link, "num_rounds=3"), client_app.app, resumed, resume=True, force=True)
     found, whole = (json.loads((run_dir / "summary.json").read_text())["transfer"] for run_dir in (resumed, straight))
-    # The first part ended with an evaluation, and clients were greeted once more; rounds cost what they cost.
+    # The first part ended with an evaluation, which has the number of the round that came next, and clients were
+    # greeted once more; all of that came one after the other.
     assert found["seconds"] > whole["seconds"]
-    for number in ("1", "2"):
-        assert found["seconds_by_round"][number] == pytest.approx(
-            whole["seconds_by_round"][number], rel=0.1
-        )  # of two rounds in all, the second is coarser
+    found_by_round, by_round = found["seconds_by_round"], whole["seconds_by_round"]
+    assert found_by_round["1"] == pytest.approx(by_round["1"], rel=0.1)  # of two rounds in all, the second is coarser
+    assert found_by_round["3"] > by_round["3"] + 0.1
     assert found["seconds"] == pytest.approx(sum(found["seconds_by_round"].values()), abs=0.01)
+
+
+def test_tries_of_a_round_before_and_after_a_resume_come_one_after_the_other() -> None:
+    rows = [
+        message(3, "a", "uplink", 125_000),
+        message(3, "b", "uplink", 12_500),
+        {"kind": "resume", "round": 2},
+        message(3, "a", "uplink", 12_500),
+        message(3, "b", "uplink", 125_000),
+    ]
+    link = NetworkOptions(uplink_mbps=1, downlink_mbps=1, round_deadline_s=1.5)
+    found = transfer_of(rows, link)
+    assert found.by_round == {3: pytest.approx(2.0)} and found.seconds == pytest.approx(2.0)
+    assert found.late_by_round == {}
+    assert transfer_of(rows, link.model_copy(update={"round_deadline_s": 0.5})).late_by_round == {3: 2}
+
+
+def test_a_greeting_and_its_answer_follow_one_another() -> None:
+    rows = [message(0, "-", "downlink", 125_000), message(0, "-", "uplink", 125_000)]
+    link = NetworkOptions(uplink_mbps=1, downlink_mbps=1)
+    assert transfer_of(rows, link).seconds == pytest.approx(2.0)
+    assert transfer_of([*rows, message(0, "-", "downlink", 125_000)], link).seconds == pytest.approx(2.0)
+
+
+def test_a_run_that_is_resumed_over_another_link_is_told_over_that(run: Run, tmp_path: Path) -> None:
+    directory, now = tmp_path / "resumed", NetworkOptions(uplink_mbps=50, downlink_mbps=50)
+    run_in_process(small("network={uplink_mbps: 0.1, downlink_mbps: 1}", "num_rounds=1"), client_app.app, directory)
+    changed = small("network={uplink_mbps: 50, downlink_mbps: 50}", "num_rounds=2")
+    run_in_process(changed, client_app.app, directory, resume=True, force=True)
+    assert read_run(directory).network == now
+    assert read_run(directory).summary["transfer"]["link"] == now.describe()
+    assert network_of([{"kind": "start", "network": now.model_dump()}, {"kind": "resume"}]) == now  # of an older commit
+
+
+@pytest.mark.parametrize("algorithm", ["fedkd", "mixfld"])
+def test_what_is_forecast_of_a_round_is_what_it_takes(algorithm: str, run: Run) -> None:
+    changes = [
+        f"algorithm.name={algorithm}",
+        "compressor={name: identity}",
+        "network={uplink_mbps: 0.1, downlink_mbps: 1}",
+    ]
+    said = forecast(small(*changes)).describe()
+    found = re.search(r"; ([\d.]+) s of transfer in each round over", said)
+    assert found
+    by_round = read_run(run(*changes)).summary["transfer"]["seconds_by_round"]
+    assert float(found[1]) == pytest.approx(by_round["2"], rel=0.1)
 
 
 def test_curves_have_seconds_that_grow_with_the_bytes(run: Run) -> None:

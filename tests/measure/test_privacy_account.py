@@ -16,6 +16,7 @@ from scipy.stats import norm
 
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Ledger, read_rows
 from fedkd_flwr.measure.privacy_account import PrivacyAccount, epsilon_of
+from fedkd_flwr.measure.summary import summarise
 from tests.conftest import Run
 
 DELTA = 1e-5
@@ -90,7 +91,7 @@ def test_a_private_run_spends_what_the_library_counts_for_its_messages(run: Run)
     assert set(each.values()) == {3}
     spent = json.loads((run_dir / "summary.json").read_text())["privacy"]
     assert spent["epsilon_server"] == pytest.approx(library_epsilon(0.8, 3), rel=1e-3)
-    assert spent["epsilon_released"] == pytest.approx(library_epsilon(0.8 * math.sqrt(3), 3), rel=1e-3)
+    assert spent["epsilon_released"] == pytest.approx(library_epsilon(0.8 * math.sqrt(3 - 1), 3), rel=1e-3)
     assert spent == rows[-2]["privacy"]
     assert [row["privacy"]["num_trainings"] for row in rows if row["kind"] == "round"] == [0, 1, 2, 3]
 
@@ -113,10 +114,24 @@ def test_a_replaced_client_moves_an_update_twice_as_far_as_one_left_out() -> Non
     assert left_out["epsilon_server"] == pytest.approx(epsilon_of(2.0, DELTA))
 
 
-def test_what_is_released_has_the_noise_of_all_replies() -> None:
-    spent = account([closed(1, "a", "b", "c", "d"), closed(2, "a")]).spent()
-    # Rounds of 4 and of 1 replies: z is 4 and 2 there, and 1 / sqrt(1/16 + 1/4) together.
+def test_what_is_released_has_the_noise_of_all_replies_but_the_observers_own() -> None:
+    spent = account([closed(1, "a", "b", "c", "d", "e"), closed(2, "a")]).spent()
+    # Rounds of 5 and of 1 replies: z is 4 and 2 there, and 1 / sqrt(1/16 + 1/4) together.
     assert spent["epsilon_released"] == pytest.approx(epsilon_of((1 / 16 + 1 / 4) ** -0.5, DELTA))
+
+
+def test_of_two_replies_the_other_client_sees_what_the_server_sees() -> None:
+    spent = account([asked("a"), asked("b"), closed(1, "a", "b")]).spent()
+    assert spent["epsilon_released"] == spent["epsilon_server"]
+
+
+def test_what_was_disclosed_in_a_round_that_was_never_closed_counts_in_the_summary(run: Run) -> None:
+    run_dir = run("privacy={clip_norm: 0.5, noise_multiplier: 0.8}", "compressor={name: identity}", "num_rounds=2")
+    rows = list(read_rows(run_dir / LEDGER_FILE))
+    closes = [index for index, row in enumerate(rows) if row["kind"] == "round"]
+    ended = [*rows[: closes[-1]], {"kind": "end", "status": "stopped", "elapsed_seconds": 1.0}]
+    assert rows[closes[-2]]["privacy"]["num_trainings"] == 1
+    assert summarise(ended)["privacy"]["num_trainings"] == 2
 
 
 def test_skipped_rounds_and_the_state_before_training_release_nothing() -> None:

@@ -34,7 +34,12 @@ def test_last_rounds_is_the_mean_of_the_last_three(run: Run) -> None:
 def test_an_algorithm_that_shares_nothing_is_drawn_by_its_private_models(run: Run) -> None:
     result = read_run(run("algorithm.name=local_only"))
     assert result.curve().label.endswith("own data")
-    assert result.curve().rounds == [0, 1, 2]
+    assert result.curve().rounds == [0, 1, 2, 3]
+    until = [
+        sum(row["wire_bytes"] for row in result.rows if row["kind"] == "message" and row["round"] <= number) / 3e6
+        for number in range(4)
+    ]
+    assert result.curve().megabytes == pytest.approx(until)  # a version is scored a round after it has arrived
     row = result.table_row()
     assert (row["shared model"], row["last 3 rounds"], row["shared, local"]) == ("-", "-", "-")
     assert float(row["private, local"]) == pytest.approx(result.score("private_local"), abs=5e-4)
@@ -111,6 +116,13 @@ def test_transfer_is_told_over_the_link_that_is_asked_for_or_the_first_that_a_ru
     assert "over 2 Mbit/s up, 20 down" in table
     seconds = [transfer_of(result.rows, asked).seconds for result in runs]
     assert all(f"| {value:.1f} |" in table for value in seconds)
+
+
+def test_a_page_is_of_the_link_that_was_asked_for(run: Run, tmp_path: Path) -> None:
+    slow = run("num_rounds=1", "network={uplink_mbps: 0.1, downlink_mbps: 1}")
+    write_report([slow], tmp_path, NetworkOptions(uplink_mbps=7, downlink_mbps=7, round_deadline_s=1e-9))
+    page = (tmp_path / "report.html").read_text()
+    assert "7 Mbit/s up, 7 down" in page and "times beyond the deadline" in page and "0.1 Mbit/s" not in page
 
 
 def test_a_complete_run_stays_complete_where_its_report_can_not_be_drawn(
