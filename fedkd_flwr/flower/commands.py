@@ -16,7 +16,7 @@ from typing import Any
 
 from fedkd_flwr.experiment import ConfigError, Experiment
 from fedkd_flwr.flower.errors import RunError
-from fedkd_flwr.flower.processes import POLL_SECONDS, Children, environment
+from fedkd_flwr.flower.processes import POLL_SECONDS, Child, end, environment, interrupts_wait, start
 from fedkd_flwr.flower.settings import APP_FILES, code_digest
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Listener
 from fedkd_flwr.measure.summary import read_summary
@@ -191,12 +191,18 @@ class Commands:
         run_dir.mkdir(parents=True, exist_ok=True)
         tail = _Tail(run_dir / LEDGER_FILE, listener)
         command = ("flwr", "log", str(run_id), self._connection, "--stream")
-        with Children() as children:
-            log = children.start("flwr log", command, self._home, run_dir / RUN_LOG)
+        log: Child | None = None
+        try:
+            with interrupts_wait():  # or it would run without anybody to end it
+                log = start("flwr log", command, self._home, run_dir / RUN_LOG)
             while log.running:
                 check()
                 tail.read()
                 time.sleep(POLL_SECONDS)
+        finally:
+            if log is not None:
+                with interrupts_wait():
+                    end([log.process])
         tail.read()
 
     def _ask(self, *command: str) -> dict[str, Any]:

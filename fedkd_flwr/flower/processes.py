@@ -7,8 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -82,10 +82,14 @@ class Child:
 
 
 class Children:
-    """Processes that end together, with the block that they were started in."""
+    """Processes that end together, with the block that they were started in.
+
+    Their Flower homes are theirs alone: whatever else has one of these in its environment was started by them.
+    """
 
     def __init__(self) -> None:
         self._servers: list[Child] = []
+        self._homes: set[Path] = set()
 
     def __enter__(self) -> Self:
         """Begin with none."""
@@ -97,6 +101,7 @@ class Children:
         """End all, the youngest first; a second Ctrl-C has to wait."""
         with interrupts_wait():
             end([child.process for child in reversed(self._servers)])
+            _end_all_of(self._homes)
 
     def start(self, name: str, command: Sequence[str], home: Path, log: Path) -> Child:
         """Start a server.
@@ -113,6 +118,7 @@ class Children:
         with interrupts_wait():  # or a process would run that nobody knows of
             child = start(name, command, home, log)
             self._servers.append(child)
+            self._homes.add(home)
         return child
 
     def require_running(self) -> None:
@@ -201,6 +207,30 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         while left and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
             left = [process for process in left if _signal_session(process, 0)]
+
+
+def _end_all_of(homes: Iterable[Path]) -> None:
+    """End what a server started in a session of its own, as a SuperLink does with a simulation and its Ray."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        left = _processes_of(homes)
+        for pid in left:
+            with suppress(OSError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + _LEFT_OVER_SECONDS
+        while left and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            left = _processes_of(homes)
+
+
+def _processes_of(homes: Iterable[Path]) -> list[int]:
+    """Ids of this user's processes whose Flower home is one of these; none where the system does not tell."""
+    wanted = {f"FLWR_HOME={home}".encode() for home in homes}
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # another user's, or gone
+            if int(process.name) != os.getpid() and wanted & set((process / "environ").read_bytes().split(b"\0")):
+                found.append(int(process.name))
+    return found
 
 
 def _signal_session(process: subprocess.Popen[bytes], number: int) -> bool:

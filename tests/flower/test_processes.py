@@ -55,6 +55,18 @@ def test_children_and_what_they_started_are_gone_after_an_error(tmp_path: Path) 
     assert not alive(grandchild)
 
 
+def test_what_a_child_starts_in_a_session_of_its_own_is_gone_too(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    apart = PARENT.replace('"])', '"], start_new_session=True)')
+    with Children() as children:
+        children.start("parent", [sys.executable, "-c", apart], tmp_path, log)
+        while not log.read_text().endswith("\n"):
+            time.sleep(0.05)
+        grandchild = int(log.read_text())
+        assert alive(grandchild)
+    assert not alive(grandchild)
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Ctrl-C raises, even where the tests were started in the background and so ignore it."""

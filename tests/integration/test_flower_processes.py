@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fedkd_flwr.flower.processes import ENDING
 from fedkd_flwr.measure.summary import read_summary
 from tests.conftest import SMALL, Run
 from tests.flower.test_exchange import outcome, rows_of
@@ -49,8 +50,8 @@ def test_what_ends_a_command_stops_the_run_and_leave_no_process(
         command,
         cwd=tmp_path,
         env=ENVIRONMENT | {"MARKER": marker},
-        # A shell without job control starts what runs in its background with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # A shell without job control starts what runs in its background with SIGINT ignored, nohup with SIGHUP.
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in ENDING] and None,
     )
     try:
         deadline = time.monotonic() + 120
