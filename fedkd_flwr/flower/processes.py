@@ -100,8 +100,9 @@ class Children:
     ) -> None:
         """End all, the youngest first; a second Ctrl-C has to wait."""
         with interrupts_wait():
+            groups = _groups_of(self._homes)  # now: some forget their environment, and are orphans when others end
             end([child.process for child in reversed(self._servers)])
-            _end_all_of(self._homes)
+            _end_groups(groups | _groups_of(self._homes))
 
     def start(self, name: str, command: Sequence[str], home: Path, log: Path) -> Child:
         """Start a server.
@@ -209,34 +210,35 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             left = [process for process in left if _signal_session(process, 0)]
 
 
-def _end_all_of(homes: Iterable[Path]) -> None:
+def _end_groups(groups: Iterable[int]) -> None:
     """End what a server started in a session of its own, as a SuperLink does with a simulation and its Ray."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        left = _processes_of(homes)
-        for pid in left:
-            with suppress(OSError):
-                os.kill(pid, number)
+        left = {group for group in groups if _signal_group(group, number)}
         deadline = time.monotonic() + _LEFT_OVER_SECONDS
         while left and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-            left = _processes_of(homes)
+            left = {group for group in left if _signal_group(group, 0)}
 
 
-def _processes_of(homes: Iterable[Path]) -> list[int]:
-    """Ids of this user's processes whose Flower home is one of these; none where the system does not tell."""
+def _groups_of(homes: Iterable[Path]) -> set[int]:
+    """Process groups with a process whose Flower home is one of these; none where the system does not tell."""
     wanted = {f"FLWR_HOME={home}".encode() for home in homes}
-    found = []
+    found = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # another user's, or gone
-            if int(process.name) != os.getpid() and wanted & set((process / "environ").read_bytes().split(b"\0")):
-                found.append(int(process.name))
-    return found
+            if wanted & set((process / "environ").read_bytes().split(b"\0")):
+                found.add(os.getpgid(int(process.name)))
+    return found - {os.getpgrp()}
 
 
 def _signal_session(process: subprocess.Popen[bytes], number: int) -> bool:
     """Signal all that is left of the session of a process; whether there was anything."""
+    return _signal_group(process.pid, number)
+
+
+def _signal_group(group: int, number: int) -> bool:
     try:
-        os.killpg(process.pid, number)
+        os.killpg(group, number)
     except ProcessLookupError:
         return False
     return True
