@@ -6,6 +6,7 @@ summary both say so.
 
 import json
 import shlex
+import shutil
 import subprocess
 import time
 import tomllib
@@ -63,6 +64,8 @@ def add_connection(home: Path, name: str, address: str, root_certificates: Path 
         home.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
         partial.write_text(f"{text.rstrip()}\n\n[superlink.{toml(name)}]\n{section}", encoding="utf-8")
+        if file.exists():
+            shutil.copymode(file, partial)  # what was closed to others stays closed
         partial.replace(file)
     except OSError as error:
         raise ConfigError(f"{str(file)!r} can't be written: {error.strerror}") from error

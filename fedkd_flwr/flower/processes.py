@@ -159,8 +159,7 @@ def interrupts_wait() -> Iterator[None]:
     before = {
         number: signal.signal(number, lambda n, _: caught.append(n))
         for number in ENDING
-        if signal.getsignal(number)
-        is not signal.SIG_IGN  # what nohup or a shell's background has switched off stays so
+        if signal.getsignal(number) is not signal.SIG_IGN  # what nohup has switched off stays so
     }
     try:
         yield

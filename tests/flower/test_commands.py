@@ -31,9 +31,11 @@ def test_a_first_connection_is_the_default_and_names_the_authority_absolutely(
 
 def test_a_second_connection_leaves_what_is_there(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
+    file.touch(0o600)
     file.write_text('# mine\n[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = ":local:"')
     add_connection(tmp_path, "dep", "127.0.0.1:8000", None)
     assert file.read_text().startswith("# mine\n")
+    assert file.stat().st_mode & 0o777 == 0o600
     assert connections(tmp_path) == {
         "default": "local",
         "local": {"address": ":local:"},
