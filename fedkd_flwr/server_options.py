@@ -257,11 +257,14 @@ class ValidationOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=Fa
         excess_norm: what becomes of a longer one: "reject" costs the reply, "clip" scales it down to the bound.
         max_examples_ratio: a client may claim at most this many times the median number of examples, or it is not
             asked to train; None for no bound.
+        max_weight_ratio: a client counts in a mean weighted by examples for at most this many times the median number
+            of examples, because the number is its own claim; None for no bound.
     """
 
     max_norm_ratio: float | None = Field(5.0, gt=1)
     excess_norm: Literal["reject", "clip"] = "reject"
     max_examples_ratio: float | None = Field(10.0, gt=1)
+    max_weight_ratio: float | None = Field(3.0, ge=1)
 
 
 class EarlyStopOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):

@@ -1,6 +1,7 @@
 """From a round's uploads to one aggregate."""
 
 from collections.abc import Callable, Iterable, Mapping
+from math import inf
 from time import perf_counter
 
 from fedkd_flwr.algorithms.base import Aggregator
@@ -42,12 +43,13 @@ class Merger:
         self._next_states: dict[str, Arrays] = {}  # of those whose upload was taken this round
         self._before: Arrays = {}  # the aggregator's state when the round began
 
-    def take(self, current: Round, reject: Reject) -> int:
+    def take(self, current: Round, reject: Reject, most_examples: float = inf) -> int:
         """Take the accepted replies of a round.
 
         Args:
             current: the round; replies that turn out bad leave it.
             reject: called with client key, kind and reason of a bad one.
+            most_examples: a client that claims more counts for this many.
 
         Returns:
             How many uploads were taken.
@@ -62,14 +64,14 @@ class Merger:
         self._buffer_bound.begin(of_buffers for _, of_buffers in norms)
         for client_key, reply in sorted(current.accepted.items()):
             try:
-                self._take(client_key, reply, current)
+                self._take(client_key, reply, current, most_examples)
             except Exception as error:  # one bad payload costs one reply, whatever is wrong with it
                 reject(client_key, getattr(error, "kind", "payload"), reason_of(error))
                 del current.accepted[client_key]
         current.num_clipped = max(self._bound.num_clipped, self._buffer_bound.num_clipped)
         return len(self._next_states)
 
-    def _take(self, client_key: str, reply: Reply, current: Round) -> None:
+    def _take(self, client_key: str, reply: Reply, current: Round, most_examples: float) -> None:
         """Take one upload. It is let go before the next one is decoded."""
         started = perf_counter()
         upload, state = self._decode(client_key, reply.payload)
@@ -77,7 +79,8 @@ class Merger:
         started = perf_counter()
         buffers = self._buffer_bound.admit({name: upload[name] for name in self._buffer_names})
         parameters = self._bound.admit(self._parameters(upload))
-        self._aggregator.add(parameters, reply.num_examples, reply.train.get(_LOSS), client_key)
+        num_examples = int(min(reply.num_examples, most_examples))
+        self._aggregator.add(parameters, num_examples, reply.train.get(_LOSS), client_key)
         self._buffers.add(buffers, 1.0)
         self._next_states[client_key] = state
         current.timed("aggregate", started)

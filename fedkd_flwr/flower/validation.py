@@ -3,7 +3,8 @@
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from statistics import median
+from math import inf
+from statistics import median, median_low
 from typing import Literal
 
 import numpy as np
@@ -106,11 +107,9 @@ def implausible(seats: Iterable[Seat], ratio: float | None) -> dict[str, str]:
     known = list(seats)
     if ratio is None or len(known) < _FEWEST:
         return {}
-    proven = [seat for seat in known if seat.replied_round > 0]
-    judges = proven if len(proven) >= _FEWEST else known
     found = {}
     for what in ("num_examples", "num_test_examples"):
-        usual = median(getattr(seat, what) for seat in judges)
+        usual = median(getattr(seat, what) for seat in _judges(known))
         for seat in known:
             if (claimed := getattr(seat, what)) > ratio * usual:
                 found[seat.client_key] = (
@@ -118,3 +117,22 @@ def implausible(seats: Iterable[Seat], ratio: float | None) -> dict[str, str]:
                     f"median of {usual:g} (server.validation.max_examples_ratio)"
                 )
     return found
+
+
+def most_examples(seats: Iterable[Seat], ratio: float | None) -> float:
+    """For how many examples a client may count, whatever it claims.
+
+    Args:
+        seats: all clients ever seen. Those that have given a good reply say what is usual, once there are three.
+        ratio: how many times the lower median; None for any number. Of two clients the smaller one decides.
+    """
+    known = list(seats)
+    if ratio is None or not known:
+        return inf
+    return ratio * median_low(seat.num_examples for seat in _judges(known))
+
+
+def _judges(known: list[Seat]) -> list[Seat]:
+    """The clients whose claims say what is usual."""
+    proven = [seat for seat in known if seat.replied_round > 0]
+    return proven if len(proven) >= _FEWEST else known

@@ -48,7 +48,7 @@ def give(exchange: Exchange, runtime: Runtime, key: str, num_examples: int, upda
 
 def advance(exchange: Exchange) -> bool:
     assert exchange._merger is not None
-    exchange._merger.take(exchange._round, exchange._reject)
+    exchange._merger.take(exchange._round, exchange._reject, exchange._most_examples())
     return exchange._advance(exchange._merger)
 
 
@@ -67,6 +67,20 @@ def test_parameters_are_weighted_as_asked_and_buffers_always_count_alike(
     assert np.array_equal(after["weight"] - runtime.initial["weight"], np.full(2, moved, np.float32))
     assert np.array_equal(after["running_mean"], np.full(2, 2.0, np.float32))
     assert np.array_equal(after["num_batches_tracked"], runtime.initial["num_batches_tracked"])
+
+
+@pytest.mark.parametrize(("ratio", "moved"), [("3.0", 2.8), ("null", 3.997)])
+def test_a_claim_of_many_examples_weighs_at_most_a_few_times_the_median(
+    tmp_path: Path, ratio: str, moved: float
+) -> None:
+    weighting = ("server.aggregator.weighting=num_examples", f"server.validation.max_weight_ratio={ratio}")
+    exchange, runtime = exchange_of(nn.Linear(2, 1), tmp_path, *weighting)
+    assert runtime.wires is not None
+    for key, num_examples, value in (("a", 1, 1.0), ("b", 1, 1.0), ("liar", 1998, 4.0)):
+        update = {t.name: np.full(t.shape, value, np.float32) for t in runtime.wires.uplink.spec}
+        give(exchange, runtime, key, num_examples, update)
+    assert advance(exchange)
+    assert np.allclose(exchange.reference.shared["bias"] - runtime.initial["bias"], moved, atol=1e-5)
 
 
 def test_an_aggregate_that_overflows_moves_nothing(tmp_path: Path) -> None:

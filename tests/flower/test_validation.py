@@ -1,6 +1,7 @@
 """What the server believes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from fedkd_flwr.algorithms.base import Length
 from fedkd_flwr.core.arrays import Array
 from fedkd_flwr.flower.errors import MessageError
 from fedkd_flwr.flower.roster import Seat
-from fedkd_flwr.flower.validation import NormBound, implausible
+from fedkd_flwr.flower.validation import NormBound, implausible, most_examples
 
 
 def update(norm: float) -> dict[str, Array]:
@@ -230,3 +231,23 @@ def test_a_claim_of_exactly_the_ratio_is_believed() -> None:
 @pytest.mark.parametrize(("known", "ratio"), [(seats(1, 10**9), 10.0), (seats(1, 1, 10**9), None), ([], 10.0)])
 def test_of_two_clients_or_without_a_ratio_every_claim_is_believed(known: list[Seat], ratio: float | None) -> None:
     assert implausible(known, ratio) == {}
+
+
+@pytest.mark.parametrize(
+    ("known", "ratio", "expected"),
+    [
+        (seats(10, 20, 10**9), 3.0, 60.0),
+        (seats(10, 10**9), 3.0, 30.0),  # of two, the smaller one decides
+        (seats(10, 20, 10**9), None, float("inf")),
+        ([], 3.0, float("inf")),
+    ],
+)
+def test_a_client_counts_for_a_few_times_the_usual_number_of_examples(
+    known: list[Seat], ratio: float | None, expected: float
+) -> None:
+    assert most_examples(known, ratio) == expected
+
+
+def test_clients_that_have_replied_say_how_many_examples_are_usual() -> None:
+    proven = [replace(seat, replied_round=1) for seat in seats(10, 12, 14)]
+    assert most_examples([*proven, *seats(*[10**6] * 9)], 3.0) == 36.0
