@@ -89,6 +89,17 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         return self.server.num_sampled(self.num_clients)
 
     @model_validator(mode="after")
+    def _decided(self) -> Self:
+        """What one section leaves open and another decides, so that the resolved configuration shows it."""
+        widths = self.task.loaded_width("teacher"), self.task.loaded_width("student")
+        # In place: pydantic hands out the instance that it validates, and nobody has seen this one yet.
+        self.__dict__["algorithm"] = self.algorithm.for_widths(*widths)
+        by_examples = self.algorithm.weighs_by_examples and self.privacy is None
+        aggregator = self.server.aggregator.weighted("num_examples" if by_examples else "uniform")
+        self.__dict__["server"] = self.server.model_copy(update={"aggregator": aggregator})
+        return self
+
+    @model_validator(mode="after")
     def _enough_clients(self) -> Self:
         self.server.check_clients(self.num_clients)
         return self
@@ -165,7 +176,7 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             raise ConfigError(f"privacy: must be null with {name}, which exchanges outputs, not updates")
         if self.privacy is not None and algorithm.make_aggregator:
             raise ConfigError(f"privacy: must be null with {name}, whose uploads are more than an update of a model")
-        if algorithm.make_aggregator and self.server.aggregator != FedAvgAggregation():
+        if algorithm.make_aggregator and self.server.aggregator != FedAvgAggregation(weighting="uniform"):
             raise ConfigError(
                 f"server.aggregator: must be left out with {name}, which has a rule of its own for outputs, "
                 f"got {self.server.aggregator.name}"

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 
 MAX_TIMEOUT_SECONDS = 30 * 86_400.0
 
-Weighting = Literal["uniform", "num_examples"]
+Weighting = Literal["auto", "uniform", "num_examples"]
 
 
 class AggregatorOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -28,6 +28,12 @@ class AggregatorOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_n
         """Whether the rule is meant for rounds with hostile clients."""
         return False
 
+    def weighted(self, weighting: Weighting) -> Self:
+        """The same rule, with a weighting that was left open decided."""
+        if getattr(self, "weighting", None) != "auto":
+            return self
+        return self.model_copy(update={"weighting": "uniform" if self.robust else weighting})
+
     @property
     def of_mean(self) -> bool:
         """Whether the aggregate follows from the mean of the updates and from earlier ones alone."""
@@ -38,11 +44,13 @@ class FedAvgAggregation(AggregatorOptions):
     """The mean.
 
     Attributes:
-        weighting: "uniform" counts every client alike, as the FedKD paper does; "num_examples" by its training data.
+        weighting: "uniform" counts every client alike, as the FedKD paper does; "num_examples" by its training data,
+            of at most `validation.max_weight_ratio` times the median's. "auto" is the latter, but uniform with
+            `privacy`, for `fedkd_paper`, and where the algorithm has a rule of its own.
     """
 
     name: Literal["fedavg"] = "fedavg"
-    weighting: Weighting = "uniform"
+    weighting: Weighting = "auto"
 
     @property
     def of_mean(self) -> bool:
@@ -62,7 +70,7 @@ class FedAvgMAggregation(AggregatorOptions):
     name: Literal["fedavgm"] = "fedavgm"
     eta: float = Field(gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
-    weighting: Weighting = "uniform"
+    weighting: Weighting = "auto"
 
     @property
     def of_mean(self) -> bool:
@@ -82,7 +90,7 @@ class AdaptiveAggregation(AggregatorOptions):
 
     eta: float = Field(gt=0)
     tau: float = Field(1e-3, gt=0)
-    weighting: Weighting = "uniform"
+    weighting: Weighting = "auto"
 
     @property
     def of_mean(self) -> bool:
@@ -195,12 +203,12 @@ class MultiKrumAggregation(RobustSelection):
 
     Attributes:
         num_nodes_to_select: how many of them; None for all but `num_malicious_nodes`.
-        weighting: of the mean.
+        weighting: of the mean. "auto" is uniform, because a hostile client that is selected would claim many examples.
     """
 
     name: Literal["multikrum"] = "multikrum"
     num_nodes_to_select: int | None = Field(None, ge=1)
-    weighting: Weighting = "uniform"
+    weighting: Weighting = "auto"
 
 
 class BulyanAggregation(RobustSelection):

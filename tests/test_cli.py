@@ -348,7 +348,7 @@ def test_a_directory_that_holds_no_run_cannot_be_resumed(tmp_path: Path, capsys:
         ("seed=2", "seed"),
         ("algorithm.temperature=3", "algorithm.temperature"),
         ("algorithm.name=fedavg", "algorithm.name"),
-        ("server.aggregator.weighting=num_examples", "server.aggregator.weighting"),
+        ("server.aggregator.weighting=uniform", "server.aggregator.weighting"),
         ("server.aggregator.name=fedmedian", "server.aggregator.name"),
         ("server.validation.max_norm_ratio=null", "server.validation.max_norm_ratio"),
         ("task.partition={name: dirichlet, alpha: 1}", "task.partition.name"),

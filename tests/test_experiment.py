@@ -165,8 +165,8 @@ def test_an_override_changes_the_nested_key_and_leaves_its_neighbours() -> None:
 
 
 def test_an_override_creates_the_sections_on_its_way() -> None:
-    assert parse(BASE).server.aggregator.weighting == "uniform"
-    assert parse(BASE, ["server.aggregator.weighting=num_examples"]).server.aggregator.weighting == "num_examples"
+    assert parse(BASE).server.aggregator.weighting == "num_examples"
+    assert parse(BASE, ["server.aggregator.weighting=uniform"]).server.aggregator.weighting == "uniform"
 
 
 @pytest.mark.parametrize(

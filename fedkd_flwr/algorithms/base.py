@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -227,14 +227,26 @@ class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_na
     Attributes:
         name: of the algorithm.
         learns_by_acting: whether it can train on an `ActingTask`, whose batches are other examples for every model.
+        weighs_by_examples: whether clients count by their examples unless the user says otherwise. An algorithm with a
+            rule of its own has its own option for it.
     """
 
     learns_by_acting: ClassVar[bool] = False
+    weighs_by_examples: ClassVar[bool] = True
     name: str
 
     @abstractmethod
     def build(self, task: Task, seed: int) -> Algorithm:
         """The algorithm on `task`, its version 0 drawn from `seed`."""
+
+    def for_widths(self, teacher: int | None, student: int | None) -> Self:
+        """The same options, with what was left open decided by which models have loaded weights.
+
+        Args:
+            teacher: width of the teacher's hidden states where its weights are loaded; None where they are drawn.
+            student: likewise the student's.
+        """
+        return self
 
     def baselines(self) -> "Sequence[Baseline]":
         """What this algorithm must beat to be worth its trouble; none by default."""

@@ -10,7 +10,7 @@ of all and from what the client itself had sent, so one broadcast serves everybo
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ class FdOptions(OwnModelOptions):
             that has nearly all of a label finds the others in the last digits of the mean.
     """
 
+    weighs_by_examples: ClassVar[bool] = False
     name: Literal["fd"] = "fd"
     gamma: float = Field(0.1, ge=0)
     weighting: Weighting = "uniform"

@@ -6,7 +6,7 @@ https://arxiv.org/abs/1602.05629, with the update instead of the weights on the 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 from torch import nn
@@ -26,6 +26,7 @@ from fedkd_flwr.algorithms.loop import (
     Optimizer,
     OptimizerOptions,
     Penalty,
+    fine_tuned,
     prior_of,
     require_counts,
     train_supervised,
@@ -44,7 +45,7 @@ class FedAvgOptions(AlgorithmOptions):
         local: how a client trains in a round.
         optimizer: the client's.
         keep_moments: go on with the optimiser's moments of a client's last round; off, each round begins afresh,
-            because the weights jump in between.
+            because the weights jump in between. Left out, it is on where the model's weights are loaded.
         logit_adjustment: strength of logit adjustment on each client; see `FedKDOptions`.
     """
 
@@ -55,6 +56,10 @@ class FedAvgOptions(AlgorithmOptions):
     optimizer: OptimizerOptions = OptimizerOptions()
     keep_moments: bool = False
     logit_adjustment: float = Field(0.0, ge=0)
+
+    def for_widths(self, teacher: int | None, student: int | None) -> Self:
+        """The optimiser of fine-tuning for a model with loaded weights; see `AlgorithmOptions.for_widths`."""
+        return fine_tuned(self, self.model, teacher, student)
 
     def build(self, task: Task, seed: int) -> Algorithm:
         """FedAvg of the chosen model.

@@ -8,7 +8,7 @@ student's update is exchanged. The losses are in `core/losses.py`.
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -59,7 +59,8 @@ class FedKDOptions(AlgorithmOptions):
 
     Attributes:
         mutual: KL between the two models' outputs (equations 3 and 4).
-        hidden: MSE between mapped hidden states (equation 5). auto: where both models return them, of as many tokens.
+        hidden: MSE between mapped hidden states (equation 5). auto: where both models return them, of as many tokens,
+            but not between models whose weights are loaded, where it costs more than it gives (docs/results.md).
         attention: MSE between mapped attention maps (equation 5), likewise.
         adaptive: divide these by the sum of the task losses; off, they count in full.
         temperature: of the KL; the paper has 1.
@@ -93,7 +94,7 @@ class FedKDOptions(AlgorithmOptions):
         student_optimizer: the student's.
         teacher_optimizer: the teacher's and W_h's.
         keep_student_moments: go on with the student's moments of a client's last round; off, each round begins afresh,
-            because the student's weights jump in between.
+            because the student's weights jump in between. Left out, it is on where the student's weights are loaded.
         keep_teacher_moments: likewise the teacher's and W_h's, whose weights stay where they were.
     """
 
@@ -119,6 +120,22 @@ class FedKDOptions(AlgorithmOptions):
     teacher_optimizer: OptimizerOptions = OptimizerOptions()
     keep_student_moments: bool = False
     keep_teacher_moments: bool = True
+
+    def for_widths(self, teacher: int | None, student: int | None) -> Self:
+        """Optimisers of fine-tuning for models with loaded weights; no hidden and attention terms between two of them.
+
+        See `AlgorithmOptions.for_widths`.
+        """
+        found: dict[str, Any] = {}
+        if teacher:
+            found["teacher_optimizer"] = self.teacher_optimizer.for_loaded_weights(teacher, student=False)
+        if student:
+            found["student_optimizer"] = self.student_optimizer.for_loaded_weights(student, student=True)
+            if "keep_student_moments" not in self.model_fields_set:
+                found["keep_student_moments"] = True
+        if teacher and student:
+            found |= {term: False for term in ("hidden", "attention") if getattr(self, term) == "auto"}
+        return self.model_copy(update=found)
 
     def terms(self, guidance: Guidance) -> DistillationTerms:
         """Which terms take part between a teacher and the student, for the losses."""

@@ -6,7 +6,7 @@ and energy_end; its mean over clients is uniform, which is the default of `serve
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions, Baseline
 from fedkd_flwr.algorithms.fedkd import FedKDOptions
@@ -33,6 +33,7 @@ class FedKDPaperOptions(AlgorithmOptions):
         teacher_optimizer: the teacher's and W_h's.
     """
 
+    weighs_by_examples: ClassVar[bool] = False
     name: Literal["fedkd_paper"] = "fedkd_paper"
     hidden: Wanted = "auto"
     attention: Wanted = "auto"

@@ -4,7 +4,7 @@ Li et al., "Federated optimization in heterogeneous networks", MLSys 2020, https
 loss plus (mu / 2) * ||w - w_shared||^2.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions, MeanUpdateServer, SharedModel, num_parameters
 from fedkd_flwr.algorithms.fedavg import FedAvgClient, common_model
-from fedkd_flwr.algorithms.loop import LocalTraining, OptimizerOptions, Penalty, require_counts
+from fedkd_flwr.algorithms.loop import LocalTraining, OptimizerOptions, Penalty, fine_tuned, require_counts
 from fedkd_flwr.core.protocols import Task
 
 
@@ -36,6 +36,10 @@ class FedProxOptions(AlgorithmOptions):
     optimizer: OptimizerOptions = OptimizerOptions()
     keep_moments: bool = False
     logit_adjustment: float = Field(0.0, ge=0)
+
+    def for_widths(self, teacher: int | None, student: int | None) -> Self:
+        """The optimiser of fine-tuning for a model with loaded weights; see `AlgorithmOptions.for_widths`."""
+        return fine_tuned(self, self.model, teacher, student)
 
     def build(self, task: Task, seed: int) -> Algorithm:
         """FedProx of the chosen model.

@@ -7,7 +7,7 @@ the weights themselves. Numbers travel as they are, as published; the experiment
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -69,6 +69,7 @@ class FloraOptions(AlgorithmOptions):
         logit_adjustment: strength of logit adjustment on each client; see `FedKDOptions`.
     """
 
+    weighs_by_examples: ClassVar[bool] = False
     name: Literal["flora"] = "flora"
     model: Literal["teacher", "student"] = "teacher"
     lora: LoraOptions = LoraOptions()

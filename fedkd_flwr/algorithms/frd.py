@@ -40,6 +40,7 @@ class FrdOptions(OwnModelOptions):
     """
 
     learns_by_acting: ClassVar[bool] = True
+    weighs_by_examples: ClassVar[bool] = False
     name: Literal["frd"] = "frd"
     bits: int = Field(8, ge=1, le=16)
     distillation_steps: int = Field(5, ge=0)

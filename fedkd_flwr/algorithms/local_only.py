@@ -1,6 +1,6 @@
 """Every client trains alone: what a site reaches without the others. Nothing is exchanged."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from fedkd_flwr.algorithms.base import (
     Algorithm,
@@ -10,7 +10,7 @@ from fedkd_flwr.algorithms.base import (
     Wires,
     num_parameters,
 )
-from fedkd_flwr.algorithms.loop import train_supervised
+from fedkd_flwr.algorithms.loop import fine_tuned, train_supervised
 from fedkd_flwr.algorithms.own_models import NoModelServer, OwnModelClient, OwnModelOptions
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.protocols import ClientData, Task
@@ -21,6 +21,10 @@ class LocalOnlyOptions(OwnModelOptions):
 
     learns_by_acting: ClassVar[bool] = True
     name: Literal["local_only"] = "local_only"
+
+    def for_widths(self, teacher: int | None, student: int | None) -> Self:
+        """The optimiser of fine-tuning for a model with loaded weights; see `AlgorithmOptions.for_widths`."""
+        return fine_tuned(self, self.model, teacher, student)
 
     def build(self, task: Task, seed: int) -> Algorithm:
         """Local training of the chosen model, which may be another on each client."""

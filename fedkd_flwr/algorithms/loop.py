@@ -4,14 +4,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from fedkd_flwr.algorithms.base import Assignment
+from fedkd_flwr.algorithms.base import AlgorithmOptions, Assignment
 from fedkd_flwr.algorithms.optimizer import Optimizer, OptimizerOptions
 from fedkd_flwr.core.losses import log_prior, task_loss
 from fedkd_flwr.core.modules import still_layers
@@ -23,6 +23,7 @@ __all__ = [
     "Optimizer",
     "OptimizerOptions",
     "Penalty",
+    "fine_tuned",
     "forward",
     "prior_of",
     "require_counts",
@@ -33,6 +34,8 @@ __all__ = [
 # The loss of one batch, a scalar with a graph, and what was measured on the way, scalars without.
 LossOf = Callable[[Batch], tuple[Tensor, Mapping[str, Tensor]]]
 Penalty = Callable[[nn.Module], Tensor]
+
+Options = TypeVar("Options", bound=AlgorithmOptions)
 
 
 class LocalTraining(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -218,3 +221,24 @@ def train_supervised(
     local.prepare(module)
     measures = run_epochs(examples, local, assignment, [optimizer], loss_of)
     return {name: float(np.mean(values)) for name, values in measures.items()}
+
+
+def fine_tuned(
+    options: Options, model: Literal["teacher", "student"], teacher: int | None, student: int | None
+) -> Options:
+    """The options of an algorithm that trains one model, with those of its optimiser decided.
+
+    Args:
+        options: have `optimizer` and `keep_moments`.
+        model: the one that is trained.
+        teacher: width of the teacher where its weights are loaded; None where they are drawn.
+        student: likewise the student's.
+    """
+    width = teacher if model == "teacher" else student
+    if not width:
+        return options
+    optimizer: OptimizerOptions = options.optimizer  # type: ignore[attr-defined]
+    found: dict[str, Any] = {"optimizer": optimizer.for_loaded_weights(width, student=model == "student")}
+    return options.model_copy(
+        update=found if "keep_moments" in options.model_fields_set else found | {"keep_moments": True}
+    )

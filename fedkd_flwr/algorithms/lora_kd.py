@@ -14,7 +14,7 @@ again before all others were, and whoever comes late is sent what is known.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -92,6 +92,7 @@ class LoraKDOptions(AlgorithmOptions):
             don't say that there are no others.
     """
 
+    weighs_by_examples: ClassVar[bool] = False
     name: Literal["lora_kd"] = "lora_kd"
     model: Literal["teacher", "student"] = "teacher"
     server_model: Literal["teacher", "student"] = "teacher"

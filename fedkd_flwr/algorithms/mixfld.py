@@ -11,7 +11,7 @@ compressor, as any update.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class MixFldOptions(AlgorithmOptions):
         conversion: how the server turns outputs into a model.
     """
 
+    weighs_by_examples: ClassVar[bool] = False
     name: Literal["mixfld"] = "mixfld"
     model: Literal["teacher", "student"] = "teacher"
     local: LocalTraining = LocalTraining()

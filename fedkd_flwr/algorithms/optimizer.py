@@ -2,15 +2,20 @@
 
 from collections.abc import Iterable
 from math import cos, pi
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from fedkd_flwr.core.arrays import Array, Arrays
+
+# The wider a model, the smaller a rate it is fine-tuned with. 5e-4 was measured at width 128 (docs/results.md); at 768
+# the power gives 5e-5, the largest rate of Devlin et al. 2019, https://arxiv.org/abs/1810.04805, for BERT-base.
+_MEASURED_WIDTH, _MEASURED_RATE, _RATE_POWER = 128, 5e-4, 1.25
+_OF_STUDENT = 2.0  # a cut student has more to learn again, and learns with twice the rate
 
 
 class RateSchedule(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -45,7 +50,10 @@ class RateSchedule(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
 
 class OptimizerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """An optimiser of torch.
+    """An optimiser of torch. "auto", for all of it or for one key, is the same as leaving it out.
+
+    What is left out is the default below for a model with random weights. A model whose weights are loaded is
+    fine-tuned instead, by `for_loaded_weights`; the resolved configuration has the values.
 
     Attributes:
         name: which one.
@@ -62,6 +70,29 @@ class OptimizerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=Fal
     momentum: float = Field(0.0, ge=0, lt=1)
     max_grad_norm: float | None = Field(None, gt=0)
     schedule: RateSchedule = RateSchedule()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_auto(cls, raw: object) -> object:
+        if raw == "auto":
+            return {}
+        return {key: value for key, value in raw.items() if value != "auto"} if isinstance(raw, dict) else raw
+
+    def for_loaded_weights(self, width: int, *, student: bool) -> Self:
+        """The same options, with the start of fine-tuning for everything that was left out.
+
+        AdamW, a rate that falls with the model's width, and a schedule of 10 % warm-up and linear decay.
+
+        Args:
+            width: of the model's hidden states.
+            student: whether it is the student, which has twice the rate.
+        """
+        name = self.name if "name" in self.model_fields_set else "adamw"
+        found: dict[str, Any] = {"name": name, "schedule": RateSchedule(warmup=0.1, decay="linear")}
+        if name != "sgd":
+            rate = _MEASURED_RATE * (_MEASURED_WIDTH / width) ** _RATE_POWER * (_OF_STUDENT if student else 1.0)
+            found["learning_rate"] = float(f"{rate:.2g}")
+        return self.model_copy(update={key: found[key] for key in found.keys() - self.model_fields_set})
 
 
 class Optimizer:

@@ -72,7 +72,7 @@ class Mean:
     """The mean, every client alike or weighted by training examples; one sum in memory for any number of clients."""
 
     def __init__(self, options: FedAvgAggregation) -> None:
-        self._uniform = options.weighting == "uniform"
+        self._uniform = options.weighting != "num_examples"
         self._mean = RunningMean()
 
     def begin(self, server_round: int) -> None:
@@ -313,7 +313,7 @@ def build_aggregator(options: AggregatorOptions) -> Aggregator:
     if isinstance(options, FedAvgAggregation):
         return Mean(options)
     make = STRATEGIES[options.name]
-    uniform = getattr(options, "weighting", "uniform") == "uniform"
+    uniform = getattr(options, "weighting", "uniform") != "num_examples"
     needs_loss = isinstance(options, QFedAvgAggregation)
     return FlowerStrategy(
         lambda num_uploads: make(options, num_uploads),

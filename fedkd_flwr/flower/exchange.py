@@ -35,7 +35,7 @@ from fedkd_flwr.flower.roster import Roster, Seat
 from fedkd_flwr.flower.round import Round
 from fedkd_flwr.flower.runtime import Runtime
 from fedkd_flwr.flower.sampling import Sampler
-from fedkd_flwr.flower.validation import NormBound, most_examples
+from fedkd_flwr.flower.validation import NormBound
 from fedkd_flwr.measure.ledger import Ledger, Row
 from fedkd_flwr.measure.metrics import spread_of, weighted_scores
 
@@ -69,15 +69,15 @@ class Exchange(Strategy):
         self._checkpoints = checkpoints
         self._first_attempt = first_attempt
         self._test_data: Examples = runtime.task.test_data()
-        ratio = options.validation.max_norm_ratio if runtime.algorithm.exchanges == "updates" else None
-        bound = NormBound(ratio, options.validation.excess_norm, runtime.algorithm.length)
+        limits = options.validation if runtime.algorithm.exchanges == "updates" else None  # outputs have their own
+        bound = NormBound(limits and limits.max_norm_ratio, options.validation.excess_norm, runtime.algorithm.length)
         self._learner = server if isinstance(server := runtime.algorithm.server, LearningServer) else None
         if self._learner is not None:
             self._learner.begin()
         self._merger: Merger | None = None
         if wires:
-            robust = options.aggregator.robust
-            self._merger = Merger(wires.uplink, aggregator_of(runtime), bound, robust=robust)
+            rule, robust = aggregator_of(runtime), options.aggregator.robust
+            self._merger = Merger(wires.uplink, rule, bound, limits and limits.max_weight_ratio, robust=robust)
         self._sampler = Sampler(runtime.experiment.num_sampled, options.max_resyncs_per_round, self._seed, checkpoints)
         self._roster = Roster(runtime.experiment.num_clients)
         self._mailbox = Mailbox(ledger)
@@ -148,7 +148,7 @@ class Exchange(Strategy):
         self._accept(replies)
         num_counted = len(current.accepted)
         if self._merger is not None and num_counted >= self._needed():
-            num_counted = self._merger.take(current, self._reject, self._most_examples())
+            num_counted = self._merger.take(current, self._reject, self._roster.all())
             if num_counted >= self._needed() and not self._advance(self._merger):
                 num_counted = 0
         skipped = num_counted < self._needed()
@@ -299,11 +299,6 @@ class Exchange(Strategy):
         """Good replies that a round must have."""
         options = self._options
         return 1 if self._merger is None else max(options.min_replies, options.aggregator.num_clients_needed)
-
-    def _most_examples(self) -> float:
-        """For how many examples a client's update may count. Outputs have bounds of their own."""
-        of_updates = self._runtime.algorithm.exchanges == "updates"
-        return most_examples(self._roster.all(), self._options.validation.max_weight_ratio if of_updates else None)
 
     def _because(self) -> str:
         return f"; first reason: {self._first_failure}" if self._first_failure else ""

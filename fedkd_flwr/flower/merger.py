@@ -1,7 +1,6 @@
 """From a round's uploads to one aggregate."""
 
 from collections.abc import Callable, Iterable, Mapping
-from math import inf
 from time import perf_counter
 
 from fedkd_flwr.algorithms.base import Aggregator
@@ -12,8 +11,9 @@ from fedkd_flwr.flower.aggregators import Median
 from fedkd_flwr.flower.archive import Archive
 from fedkd_flwr.flower.records import Reply
 from fedkd_flwr.flower.replies import reason_of
+from fedkd_flwr.flower.roster import Seat
 from fedkd_flwr.flower.round import Round
-from fedkd_flwr.flower.validation import NormBound
+from fedkd_flwr.flower.validation import NormBound, most_examples
 
 Reject = Callable[[str, str, str], None]
 _LOSS = "train_loss"
@@ -28,28 +28,38 @@ class Merger:
         uplink: the codec; its spec says which tensors are buffers.
         aggregator: of the parameters. Buffers are statistics, not updates: they bypass it.
         bound: how long an update of the parameters may be; that of the buffers has one of the same kind.
+        max_weight_ratio: for how many times the median number of examples one client may count; None for any.
         robust: take the median of the buffers, not their mean.
     """
 
-    def __init__(self, uplink: Codec, aggregator: Aggregator, bound: NormBound, *, robust: bool = False) -> None:
+    def __init__(
+        self,
+        uplink: Codec,
+        aggregator: Aggregator,
+        bound: NormBound,
+        max_weight_ratio: float | None = None,
+        *,
+        robust: bool = False,
+    ) -> None:
         self._uplink = uplink
         self._aggregator = aggregator
         self._bound = bound
         self._buffer_bound = NormBound(bound.ratio, bound.excess)
         self._robust = robust
+        self._max_weight_ratio = max_weight_ratio
         self._buffer_names = [tensor.name for tensor in uplink.spec if tensor.kind == "buffer"]
         self._buffers: RunningMean | Median = RunningMean()
         self._states: dict[str, Arrays] = {}  # of the decoders, by client key
         self._next_states: dict[str, Arrays] = {}  # of those whose upload was taken this round
         self._before: Arrays = {}  # the aggregator's state when the round began
 
-    def take(self, current: Round, reject: Reject, most_examples: float = inf) -> int:
+    def take(self, current: Round, reject: Reject, seats: Iterable[Seat] = ()) -> int:
         """Take the accepted replies of a round.
 
         Args:
             current: the round; replies that turn out bad leave it.
             reject: called with client key, kind and reason of a bad one.
-            most_examples: a client that claims more counts for this many.
+            seats: all clients, whose numbers of examples say how many one client may count for.
 
         Returns:
             How many uploads were taken.
@@ -62,16 +72,17 @@ class Merger:
         norms = list(self._norms(current)) if needed else []
         self._bound.begin(of_parameters for of_parameters, _ in norms)
         self._buffer_bound.begin(of_buffers for _, of_buffers in norms)
+        most = most_examples(seats, self._max_weight_ratio)
         for client_key, reply in sorted(current.accepted.items()):
             try:
-                self._take(client_key, reply, current, most_examples)
+                self._take(client_key, reply, current, most)
             except Exception as error:  # one bad payload costs one reply, whatever is wrong with it
                 reject(client_key, getattr(error, "kind", "payload"), reason_of(error))
                 del current.accepted[client_key]
         current.num_clipped = max(self._bound.num_clipped, self._buffer_bound.num_clipped)
         return len(self._next_states)
 
-    def _take(self, client_key: str, reply: Reply, current: Round, most_examples: float) -> None:
+    def _take(self, client_key: str, reply: Reply, current: Round, most: float) -> None:
         """Take one upload. It is let go before the next one is decoded."""
         started = perf_counter()
         upload, state = self._decode(client_key, reply.payload)
@@ -79,7 +90,7 @@ class Merger:
         started = perf_counter()
         buffers = self._buffer_bound.admit({name: upload[name] for name in self._buffer_names})
         parameters = self._bound.admit(self._parameters(upload))
-        num_examples = int(min(reply.num_examples, most_examples))
+        num_examples = int(min(reply.num_examples, most))
         self._aggregator.add(parameters, num_examples, reply.train.get(_LOSS), client_key)
         self._buffers.add(buffers, 1.0)
         self._next_states[client_key] = state

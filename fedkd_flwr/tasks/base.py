@@ -29,6 +29,10 @@ class TaskOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=Fal
             ValueError: if the data can't be divided so; the message starts with the key to change.
         """
 
+    def loaded_width(self, model: Literal["teacher", "student"]) -> int | None:
+        """Width of a model's hidden states where its weights are loaded; None where they are drawn from the seed."""
+        return None
+
     def at_node(self, data_path: Path) -> Self:
         """The same task over data of a node's own.
 
@@ -69,6 +73,13 @@ class ModelsOptions(TaskOptions):
     data: Any = None
     partition: Any = None
     public: Any = None
+
+    def loaded_width(self, model: Literal["teacher", "student"]) -> int | None:
+        """As `TaskOptions.loaded_width`; a student that is cut from its teacher has the teacher's weights."""
+        is_cut = getattr(self.student, "name", None) == "layers"
+        options = self.teacher if model == "teacher" or is_cut else self.student
+        width: int | None = getattr(options, "loaded_width", None)
+        return width
 
     @model_validator(mode="after")
     def _nodes_agree(self) -> Self:

@@ -19,6 +19,7 @@ from fedkd_flwr.core.modules import on_device_of
 from fedkd_flwr.core.protocols import Batch, Models, Outputs
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import ClientsTeacher, ModelsOptions, copy_shared_tensors, save_pretrained
+from fedkd_flwr.tasks.checkpoint_config import checkpoint_width
 from fedkd_flwr.tasks.source import absolute_if_local, reason_of
 
 Load = Callable[[Any, str], nn.Module]
@@ -57,6 +58,11 @@ class TransformerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=F
         if self.source is not None and self.config is not None and "model_type" in self.config:
             raise ValueError("config.model_type can't be changed: source says what it is; leave one of the two away")
         return self
+
+    @property
+    def loaded_width(self) -> int | None:
+        """Width of the hidden states of a checkpoint; None where weights are drawn."""
+        return None if self.source is None else checkpoint_width(self.source, self.revision)
 
 
 class LayersOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):

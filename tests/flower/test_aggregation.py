@@ -48,7 +48,7 @@ def give(exchange: Exchange, runtime: Runtime, key: str, num_examples: int, upda
 
 def advance(exchange: Exchange) -> bool:
     assert exchange._merger is not None
-    exchange._merger.take(exchange._round, exchange._reject, exchange._most_examples())
+    exchange._merger.take(exchange._round, exchange._reject, exchange._roster.all())
     return exchange._advance(exchange._merger)
 
 
