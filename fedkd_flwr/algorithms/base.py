@@ -28,6 +28,7 @@ from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import ClientData, Codec, Direction, Examples, Models, Task
 
 Exchanges = Literal["updates", "outputs", "nothing"]
+Width = Callable[[], int]  # of a checkpoint's hidden states, which may lie on a hub: asked for when it is needed
 Metrics = Mapping[str, float]
 MakeCodec = Callable[[Spec, Direction], Codec]
 
@@ -239,11 +240,12 @@ class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_na
     def build(self, task: Task, seed: int) -> Algorithm:
         """The algorithm on `task`, its version 0 drawn from `seed`."""
 
-    def for_widths(self, teacher: int | None, student: int | None) -> Self:
+    def for_widths(self, teacher: Width | None, student: Width | None) -> Self:
         """The same options, with what was left open decided by which models have loaded weights.
 
         Args:
-            teacher: width of the teacher's hidden states where its weights are loaded; None where they are drawn.
+            teacher: gives the width of the teacher's hidden states where its weights are loaded; None where they are
+                drawn.
             student: likewise the student's.
         """
         return self

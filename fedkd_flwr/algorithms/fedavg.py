@@ -19,6 +19,7 @@ from fedkd_flwr.algorithms.base import (
     Metrics,
     SharedModel,
     Trained,
+    Width,
     num_parameters,
 )
 from fedkd_flwr.algorithms.loop import (
@@ -57,7 +58,7 @@ class FedAvgOptions(AlgorithmOptions):
     keep_moments: bool = False
     logit_adjustment: float = Field(0.0, ge=0)
 
-    def for_widths(self, teacher: int | None, student: int | None) -> Self:
+    def for_widths(self, teacher: Width | None, student: Width | None) -> Self:
         """The optimiser of fine-tuning for a model with loaded weights; see `AlgorithmOptions.for_widths`."""
         return fine_tuned(self, self.model, teacher, student)
 

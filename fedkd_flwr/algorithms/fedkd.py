@@ -24,6 +24,7 @@ from fedkd_flwr.algorithms.base import (
     Metrics,
     SharedModel,
     Trained,
+    Width,
     num_parameters,
 )
 from fedkd_flwr.algorithms.fedavg import FedAvgOptions
@@ -121,7 +122,7 @@ class FedKDOptions(AlgorithmOptions):
     keep_student_moments: bool = False
     keep_teacher_moments: bool = True
 
-    def for_widths(self, teacher: int | None, student: int | None) -> Self:
+    def for_widths(self, teacher: Width | None, student: Width | None) -> Self:
         """Optimisers of fine-tuning for models with loaded weights; no hidden and attention terms between two of them.
 
         See `AlgorithmOptions.for_widths`.

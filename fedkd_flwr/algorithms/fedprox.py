@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions, MeanUpdateServer, SharedModel, num_parameters
+from fedkd_flwr.algorithms.base import Algorithm, AlgorithmOptions, MeanUpdateServer, SharedModel, Width, num_parameters
 from fedkd_flwr.algorithms.fedavg import FedAvgClient, common_model
 from fedkd_flwr.algorithms.loop import LocalTraining, OptimizerOptions, Penalty, fine_tuned, require_counts
 from fedkd_flwr.core.protocols import Task
@@ -37,7 +37,7 @@ class FedProxOptions(AlgorithmOptions):
     keep_moments: bool = False
     logit_adjustment: float = Field(0.0, ge=0)
 
-    def for_widths(self, teacher: int | None, student: int | None) -> Self:
+    def for_widths(self, teacher: Width | None, student: Width | None) -> Self:
         """The optimiser of fine-tuning for a model with loaded weights; see `AlgorithmOptions.for_widths`."""
         return fine_tuned(self, self.model, teacher, student)
 

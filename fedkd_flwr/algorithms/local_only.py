@@ -7,6 +7,7 @@ from fedkd_flwr.algorithms.base import (
     Assignment,
     MakeCodec,
     Trained,
+    Width,
     Wires,
     num_parameters,
 )
@@ -22,7 +23,7 @@ class LocalOnlyOptions(OwnModelOptions):
     learns_by_acting: ClassVar[bool] = True
     name: Literal["local_only"] = "local_only"
 
-    def for_widths(self, teacher: int | None, student: int | None) -> Self:
+    def for_widths(self, teacher: Width | None, student: Width | None) -> Self:
         """The optimiser of fine-tuning for a model with loaded weights; see `AlgorithmOptions.for_widths`."""
         return fine_tuned(self, self.model, teacher, student)
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from fedkd_flwr.algorithms.base import AlgorithmOptions, Assignment
+from fedkd_flwr.algorithms.base import AlgorithmOptions, Assignment, Width
 from fedkd_flwr.algorithms.optimizer import Optimizer, OptimizerOptions
 from fedkd_flwr.core.losses import log_prior, task_loss
 from fedkd_flwr.core.modules import still_layers
@@ -224,14 +224,14 @@ def train_supervised(
 
 
 def fine_tuned(
-    options: Options, model: Literal["teacher", "student"], teacher: int | None, student: int | None
+    options: Options, model: Literal["teacher", "student"], teacher: Width | None, student: Width | None
 ) -> Options:
     """The options of an algorithm that trains one model, with those of its optimiser decided.
 
     Args:
         options: have `optimizer` and `keep_moments`.
         model: the one that is trained.
-        teacher: width of the teacher where its weights are loaded; None where they are drawn.
+        teacher: gives the width of the teacher where its weights are loaded; None where they are drawn.
         student: likewise the student's.
     """
     width = teacher if model == "teacher" else student

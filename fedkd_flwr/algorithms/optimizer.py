@@ -1,6 +1,6 @@
 """The optimisers that run in the loop: their options, their rate over the whole run, and their state as arrays."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import cos, pi
 from typing import Any, Literal, Self
 
@@ -78,19 +78,19 @@ class OptimizerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=Fal
             return {}
         return {key: value for key, value in raw.items() if value != "auto"} if isinstance(raw, dict) else raw
 
-    def for_loaded_weights(self, width: int, *, student: bool) -> Self:
+    def for_loaded_weights(self, width: Callable[[], int], *, student: bool) -> Self:
         """The same options, with the start of fine-tuning for everything that was left out.
 
         AdamW, a rate that falls with the model's width, and a schedule of 10 % warm-up and linear decay.
 
         Args:
-            width: of the model's hidden states.
+            width: gives that of the model's hidden states; called only where the rate was left out.
             student: whether it is the student, which has twice the rate.
         """
         name = self.name if "name" in self.model_fields_set else "adamw"
         found: dict[str, Any] = {"name": name, "schedule": RateSchedule(warmup=0.1, decay="linear")}
-        if name != "sgd":
-            rate = _MEASURED_RATE * (_MEASURED_WIDTH / width) ** _RATE_POWER * (_OF_STUDENT if student else 1.0)
+        if name != "sgd" and "learning_rate" not in self.model_fields_set:
+            rate = _MEASURED_RATE * (_MEASURED_WIDTH / width()) ** _RATE_POWER * (_OF_STUDENT if student else 1.0)
             found["learning_rate"] = float(f"{rate:.2g}")
         return self.model_copy(update={key: found[key] for key in found.keys() - self.model_fields_set})
 

@@ -69,15 +69,15 @@ class Exchange(Strategy):
         self._checkpoints = checkpoints
         self._first_attempt = first_attempt
         self._test_data: Examples = runtime.task.test_data()
-        limits = options.validation if runtime.algorithm.exchanges == "updates" else None  # outputs have their own
-        bound = NormBound(limits and limits.max_norm_ratio, options.validation.excess_norm, runtime.algorithm.length)
+        limits, bounded = options.validation, runtime.algorithm.exchanges == "updates"  # outputs have others
+        bound = NormBound(limits.max_norm_ratio if bounded else None, limits.excess_norm, runtime.algorithm.length)
         self._learner = server if isinstance(server := runtime.algorithm.server, LearningServer) else None
         if self._learner is not None:
             self._learner.begin()
         self._merger: Merger | None = None
         if wires:
-            rule, robust = aggregator_of(runtime), options.aggregator.robust
-            self._merger = Merger(wires.uplink, rule, bound, limits and limits.max_weight_ratio, robust=robust)
+            rule, most, robust = aggregator_of(runtime), limits.max_weight_ratio, options.aggregator.robust
+            self._merger = Merger(wires.uplink, rule, bound, most if bounded else None, robust=robust)
         self._sampler = Sampler(runtime.experiment.num_sampled, options.max_resyncs_per_round, self._seed, checkpoints)
         self._roster = Roster(runtime.experiment.num_clients)
         self._mailbox = Mailbox(ledger)

@@ -29,8 +29,8 @@ class TaskOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=Fal
             ValueError: if the data can't be divided so; the message starts with the key to change.
         """
 
-    def loaded_width(self, model: Literal["teacher", "student"]) -> int | None:
-        """Width of a model's hidden states where its weights are loaded; None where they are drawn from the seed."""
+    def loaded_width(self, model: Literal["teacher", "student"]) -> Callable[[], int] | None:
+        """Gives the width of a model's hidden states where its weights are loaded; None where they are drawn."""
         return None
 
     def at_node(self, data_path: Path) -> Self:
@@ -74,12 +74,11 @@ class ModelsOptions(TaskOptions):
     partition: Any = None
     public: Any = None
 
-    def loaded_width(self, model: Literal["teacher", "student"]) -> int | None:
+    def loaded_width(self, model: Literal["teacher", "student"]) -> Callable[[], int] | None:
         """As `TaskOptions.loaded_width`; a student that is cut from its teacher has the teacher's weights."""
         is_cut = getattr(self.student, "name", None) == "layers"
         options = self.teacher if model == "teacher" or is_cut else self.student
-        width: int | None = getattr(options, "loaded_width", None)
-        return width
+        return options.width if getattr(options, "source", None) is not None else None
 
     @model_validator(mode="after")
     def _nodes_agree(self) -> Self:

@@ -59,10 +59,9 @@ class TransformerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=F
             raise ValueError("config.model_type can't be changed: source says what it is; leave one of the two away")
         return self
 
-    @property
-    def loaded_width(self) -> int | None:
-        """Width of the hidden states of a checkpoint; None where weights are drawn."""
-        return None if self.source is None else checkpoint_width(self.source, self.revision)
+    def width(self) -> int:
+        """Width of the hidden states of the checkpoint."""
+        return checkpoint_width(str(self.source), self.revision)
 
 
 class LayersOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
