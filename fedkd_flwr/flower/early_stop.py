@@ -75,19 +75,20 @@ class Tally:
                 f"it is mended: fedkd resume {self.run_dir}"
             )
 
-    def require_learned(self, num_needed: int) -> None:
+    def require_learned(self, num_needed: int, stop: str) -> None:
         """Do nothing if the run may call itself completed.
 
         Args:
             num_needed: good replies that a round needs.
+            stop: why no further round is wanted; empty where none is left.
 
         Raises:
             RunError: if no round has counted, or none is left after too many that were skipped.
         """
-        more = f"no round is left: fedkd resume {self.run_dir} --force --set num_rounds=..."
+        more = stop or f"no round is left: fedkd resume {self.run_dir} --force --set num_rounds=..."
         if self.num_good == 0:
             raise RunError(f"no round had {num_needed} good replies{self._because()}; {more}")
-        if self._before >= self.most_skipped:
+        if self._before >= self.most_skipped and not stop:
             raise RunError(f"the last {self._before} rounds were skipped{self._because()}; {more}")
 
     def _because(self) -> str:

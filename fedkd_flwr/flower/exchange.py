@@ -120,7 +120,7 @@ class Exchange(Strategy):
             self._tally.require_learning()
             stop = self._reason_to_stop()
         if self._round.number > 0 or not stop:  # version 0 may be all that was wanted
-            self._tally.require_learned(self._needed())
+            self._tally.require_learned(self._needed(), stop)
         final = max(self._round.number, self._num_rounds) + 1
         messages = self.configure_evaluate(final, ArrayRecord(), ConfigRecord(), grid)
         self.aggregate_evaluate(final, self._send(grid, messages, EVALUATE, self._options.round_timeout_seconds))

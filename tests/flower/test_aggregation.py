@@ -20,10 +20,16 @@ from tests.conftest import small
 
 
 class NoTask:
-    """All that an exchange asks of a task before it evaluates."""
+    """All that an exchange asks of a task, to whom every model is as good as any."""
 
     def test_data(self) -> list[None]:
         return []
+
+    def predict(self, module: nn.Module, examples: list[None]) -> None:
+        return None
+
+    def score(self, predictions: None, examples: list[None]) -> dict[str, float]:
+        return {"loss": 1.0}
 
 
 def exchange_of(module: nn.Module, directory: Path, *overrides: str) -> tuple[Exchange, Runtime]:
