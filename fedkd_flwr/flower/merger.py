@@ -53,9 +53,7 @@ class Merger:
         self._next_states: dict[str, Arrays] = {}  # of those whose upload was taken this round
         self._before: Arrays = {}  # the aggregator's state when the round began
 
-    def take(
-        self, current: Round, reject: Reject, seats: Iterable[Seat] = (), shared: Arrays | None = None
-    ) -> int:
+    def take(self, current: Round, reject: Reject, seats: Iterable[Seat] = (), shared: Arrays | None = None) -> int:
         """Take the accepted replies of a round.
 
         Args:
