@@ -72,7 +72,7 @@ class Tally:
         if self.num_skipped >= self.most_skipped:
             raise RunError(
                 f"{self.num_skipped} rounds in a row were skipped (server.max_skipped_rounds){self._because()}; when "
-                f"it is mended: fedkd resume {self.run_dir}"
+                f"it is mended: fedkd resume {self.run_dir}; of a deployment: run config resume={self.run_dir.name!r}"
             )
 
     def require_learned(self, num_needed: int, stop: str) -> None:

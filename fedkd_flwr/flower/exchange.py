@@ -69,8 +69,9 @@ class Exchange(Strategy):
         bound = NormBound(limits.max_norm_ratio if bounded else None, limits.excess_norm, runtime.algorithm.length)
         self._merger: Merger | None = None
         if wires:
-            rule, most, robust = aggregator_of(runtime), limits.max_weight_ratio, options.aggregator.robust
-            self._merger = Merger(wires.uplink, rule, bound, most if bounded else None, robust=robust)
+            rule, robust = aggregator_of(runtime), options.aggregator.robust
+            most = limits.max_weight_ratio if bounded or runtime.algorithm.weighs_claims else None
+            self._merger = Merger(wires.uplink, rule, bound, most, robust=robust)
         self._sampler = Sampler(runtime.experiment.num_sampled, options.max_resyncs_per_round, self._seed, checkpoints)
         self._roster = Roster(
             runtime.experiment.num_clients, None if options.bind_names == "none" else options.release_names

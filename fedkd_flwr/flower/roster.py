@@ -9,6 +9,7 @@ from typing import Any, Literal
 from flwr.proto.node_pb2 import NodeInfo
 
 from fedkd_flwr.flower.archive import Archive
+from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.records import HelloReply
 
 _NOT_CONNECTED = -1
@@ -192,12 +193,19 @@ class Roster:
         return Archive({"seats": [asdict(seat) for seat in self.all()]})
 
     def restore(self, archive: Archive) -> None:
-        """Go on from a checkpoint: the same clients, none of them connected yet."""
+        """Go on from a checkpoint: the same clients, none of them connected yet.
+
+        Raises:
+            RunError: if a name that is to be released was never heard of.
+        """
         seats: list[dict[str, Any]] = archive.facts["seats"]
         for facts in seats:
             seat = Seat(**(facts | {"node_id": _NOT_CONNECTED}))
             freed = self._released is None or seat.client_key in self._released
             self._seats[seat.client_key] = replace(seat, owner="") if freed else seat
+        if missing := sorted(set(self._released or ()) - self._seats.keys()):
+            known = ", ".join(sorted(self._seats)) or "none"
+            raise RunError(f"server.release_names must be names of this run's clients ({known}), got {missing[0]!r}")
 
 
 def _claimant(node_id: int, owner: str) -> str:

@@ -5,6 +5,7 @@ from typing import Literal
 import pytest
 from flwr.proto.node_pb2 import NodeInfo
 
+from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.records import HelloReply
 from fedkd_flwr.flower.roster import Roster, owners_of
 
@@ -116,6 +117,14 @@ def test_a_released_name_goes_to_the_next_key_that_claims_it_and_stays_there(rel
     second.restore(first.saved())
     assert second.admit(2, hello(), 0, 0, live=[2], owner="new") == ""
     assert second.admit(3, hello(), 0, 0, live=[3], owner="third") == OTHER_KEY
+
+
+def test_a_released_name_that_nobody_had_is_refused_with_those_that_there_are() -> None:
+    first = Roster(4)
+    first.admit(1, hello("site1"), 0, 0, live=[1], owner="lost")
+    words = r"server\.release_names must be names of this run's clients \(site1\), got 'sit1'"
+    with pytest.raises(RunError, match=words):
+        Roster(4, ("site1", "sit1")).restore(first.saved())
 
 
 def test_one_node_can_have_a_few_names_and_leaves_the_others_theirs() -> None:
