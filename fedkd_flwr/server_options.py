@@ -309,7 +309,17 @@ class ServerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
             half of those that train. Each one waits twice as long as the time before.
         validation: what the server believes of a client.
         early_stop: when to end before `num_rounds`.
+        max_skipped_rounds: skipped rounds in a row that end the run as failed. A run in which no round counted has
+            failed, too, however short it is. A resumed run begins its count anew.
+        bind_names: to whom a client's name belongs. "registered": to the public key that had it first, of nodes that
+            were registered under a name (`fedkd deploy register`), which takes a SuperLink with node authentication;
+            other nodes draw a new key at every start, and a name is theirs for as long as they are connected. "all":
+            to the first key in any case, for a SuperLink whose keys were registered without names. "none": to no key.
+        release_names: names that the next key to claim them gets; for a resumed run, when a node has lost its key.
         round_timeout_seconds: how long a round waits for replies.
+        grace_seconds: how long a round, or the final evaluation, waits for the others once as many clients as a round
+            needs (`min_replies`) have given a good reply; None: until all have answered, or the round timeout. Who is
+            late then depends on the clock, so by default nobody is: the same seed gives the same bytes.
         connect_timeout_seconds: how long the server waits for clients before it gives up.
         keep_checkpoints: how many checkpoints stay on disk.
     """
@@ -325,7 +335,11 @@ class ServerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
     max_resyncs_per_round: int | None = Field(None, ge=0)
     validation: ValidationOptions = ValidationOptions()
     early_stop: EarlyStopOptions = EarlyStopOptions()
+    max_skipped_rounds: int = Field(5, ge=1)
+    bind_names: Literal["registered", "all", "none"] = "registered"
+    release_names: tuple[str, ...] = ()
     round_timeout_seconds: float = Field(600.0, gt=0, le=MAX_TIMEOUT_SECONDS)
+    grace_seconds: float | None = Field(None, ge=0, le=MAX_TIMEOUT_SECONDS)
     connect_timeout_seconds: float = Field(120.0, gt=0, le=MAX_TIMEOUT_SECONDS)
     keep_checkpoints: int = Field(2, ge=1)
 

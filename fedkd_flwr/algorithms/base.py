@@ -206,6 +206,8 @@ class Algorithm:
         length: how long an upload is, where its numbers are not those of an update.
         shows_history: whether the shared arrays hold what past broadcasts said: nothing is kept from a client that
             joins late then by sending it these instead.
+        weighs_claims: whether outputs of a client count for as many examples as it claims to have; then the claim is
+            bounded as it is for updates.
     """
 
     exchanges: Exchanges
@@ -220,6 +222,7 @@ class Algorithm:
     first_upload_bytes: int = 0
     length: Length = field(default_factory=Length)
     shows_history: bool = False
+    weighs_claims: bool = False
 
 
 class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):

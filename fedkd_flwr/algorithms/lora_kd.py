@@ -148,6 +148,7 @@ class LoraKDOptions(AlgorithmOptions):
             ),
             foundations=lambda: {"public examples": public.digest()},
             shows_history=True,
+            weighs_claims=self.weighting == "num_examples",
         )
 
 

@@ -54,6 +54,7 @@ from fedkd_flwr.server_options import (
 
 _flower_log = logging.getLogger("flwr")
 _MOST_LOSS_RATIO = 10.0  # a loss above so many medians counts as that: it is the client's own word
+_FEWEST_LOSSES = 3  # of fewer the median is made of the liar's word; then the smallest one decides
 _ARRAYS, _METRICS = "arrays", "metrics"
 _NUM_EXAMPLES, _TRAIN_LOSS = "num-examples", "train_loss"
 _FIRST_MOMENT, _SECOND_MOMENT = "first moment/", "second moment/"
@@ -153,7 +154,8 @@ class FlowerStrategy:
         template = self._uploads[0][0]
         _restore(strategy, self._state, list(template))
         zeros = {name: np.zeros_like(value) for name, value in template.items()}
-        most = _MOST_LOSS_RATIO * float(np.median([loss for *_, loss in self._uploads]))
+        losses = [loss for *_, loss in self._uploads]
+        most = _MOST_LOSS_RATIO * (float(np.median(losses)) if len(losses) >= _FEWEST_LOSSES else min(losses))
         replies = [_reply(upload, number, min(loss, most)) for upload, number, loss in self._uploads]
         self._uploads = []
         try:

@@ -2,8 +2,9 @@
 
 `<run>/checkpoints/round-0000012.safetensors` holds everything that the rounds after it depend on: the reference with
 its window of payloads and encoder state, the uplink decoders, the aggregator's moments, the table of clients, and the
-ledger's row of that round. `chosen.json` names the clients of the round that has begun since: whom a round asks depends
-on who is there and what they hold, and a resumed round must ask the same.
+ledger's row of that round. What clients may have written, such as the reasons of their errors, is in the file's body:
+its header has a limit, which no client must reach. `chosen.json` names the clients of the round that has begun since:
+whom a round asks depends on who is there and what they hold, and a resumed round must ask the same.
 """
 
 import json
@@ -13,15 +14,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedkd_flwr.core.arrays import Array
 from fedkd_flwr.core.modules import prefixed, without_prefix
 from fedkd_flwr.flower.archive import Archive, ArchiveError, make_durable, read_archive, write_archive
 from fedkd_flwr.flower.errors import RunError
 
 CHECKPOINTS_DIR = "checkpoints"
-FORMAT = "fedkd checkpoint 1"
+FORMAT = "fedkd checkpoint 2"
+FORMER_FORMAT = "fedkd checkpoint 1"  # all facts in the header
 _CHOICE_FILE = "chosen.json"
 _PATTERN = "round-*.safetensors"
+_FACTS = "facts"
 
 _log = logging.getLogger("fedkd")
 
@@ -79,15 +84,13 @@ class Checkpoints:
         arrays: dict[str, Array] = {}
         for part, archive in checkpoint.parts.items():
             arrays |= prefixed(f"{part}/", archive.arrays)
-        facts = {
-            "server_round": checkpoint.server_round,
-            "training_id": checkpoint.training_id,
-            "parts": {part: archive.facts for part, archive in checkpoint.parts.items()},
-            "row": checkpoint.row,
-        }
+        facts = {part: archive.facts for part, archive in checkpoint.parts.items()}
+        written = json.dumps({"parts": facts, "row": checkpoint.row}).encode()
+        arrays[_FACTS] = np.frombuffer(written, np.uint8)
+        header = {"server_round": checkpoint.server_round, "training_id": checkpoint.training_id}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_archive(self._path(checkpoint.server_round), FORMAT, Archive(facts, arrays))
+            write_archive(self._path(checkpoint.server_round), FORMAT, Archive(header, arrays))
             for path in self._paths()[self._keep :]:
                 path.unlink()
         except (OSError, ArchiveError) as error:
@@ -125,8 +128,8 @@ class Checkpoints:
         paths = self._paths()
         for path in paths:
             try:
-                return _checkpoint(read_archive(path, FORMAT))
-            except (ArchiveError, OSError, KeyError) as error:
+                return _checkpoint(_read(path))
+            except (ArchiveError, OSError, KeyError, ValueError) as error:
                 _log.warning("%s; trying the one before", error)
         if paths:
             raise RunError(f"no checkpoint in {str(self.directory)!r} can be read")
@@ -137,6 +140,19 @@ class Checkpoints:
 
     def _paths(self) -> list[Path]:
         return sorted(self.directory.glob(_PATTERN), reverse=True)
+
+
+def _read(path: Path) -> Archive:
+    """A checkpoint's file, of this format or of the one before."""
+    try:
+        archive = read_archive(path, FORMAT)
+    except ArchiveError as error:
+        try:
+            return read_archive(path, FORMER_FORMAT)
+        except ArchiveError:
+            raise error from None
+    facts = json.loads(archive.arrays[_FACTS].tobytes())
+    return Archive({**archive.facts, **facts}, archive.arrays)
 
 
 def _checkpoint(archive: Archive) -> Checkpoint:

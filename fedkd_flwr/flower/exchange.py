@@ -8,23 +8,20 @@ skipped rounds, retries or a resumed run, and reports success when every client 
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
-from time import monotonic, perf_counter
+from time import monotonic
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedkd_flwr.algorithms.base import Assignment, LearningServer
-from fedkd_flwr.core.protocols import Examples
 from fedkd_flwr.core.schedules import progress_of
-from fedkd_flwr.core.seeds import derive_seed
+from fedkd_flwr.flower.advance import Advance
 from fedkd_flwr.flower.aggregators import aggregator_of
-from fedkd_flwr.flower.archive import Archive
-from fedkd_flwr.flower.budget import reason_of_budget
+from fedkd_flwr.flower.budget import account_of, go_on_counting, reason_of_budget
 from fedkd_flwr.flower.checkpoint import Checkpoint, Checkpoints
-from fedkd_flwr.flower.early_stop import reason_to_stop
-from fedkd_flwr.flower.errors import MessageError, RunError
+from fedkd_flwr.flower.early_stop import Tally, reason_to_stop
+from fedkd_flwr.flower.errors import MessageError
+from fedkd_flwr.flower.grace import Grace
 from fedkd_flwr.flower.mailbox import Mailbox
 from fedkd_flwr.flower.merger import Merger
 from fedkd_flwr.flower.reception import TTL_MARGIN_SECONDS, Reception
@@ -33,11 +30,11 @@ from fedkd_flwr.flower.reference import Reference
 from fedkd_flwr.flower.replies import content_of, reason_of
 from fedkd_flwr.flower.roster import Roster, Seat
 from fedkd_flwr.flower.round import Round
+from fedkd_flwr.flower.round_report import row_of
 from fedkd_flwr.flower.runtime import Runtime
 from fedkd_flwr.flower.sampling import Sampler
 from fedkd_flwr.flower.validation import NormBound
 from fedkd_flwr.measure.ledger import Ledger, Row
-from fedkd_flwr.measure.metrics import spread_of, weighted_scores
 
 _SERVER = "server"
 
@@ -68,26 +65,25 @@ class Exchange(Strategy):
         self._training_id = training_id
         self._checkpoints = checkpoints
         self._first_attempt = first_attempt
-        self._test_data: Examples = runtime.task.test_data()
         limits, bounded = options.validation, runtime.algorithm.exchanges == "updates"  # outputs have others
         bound = NormBound(limits.max_norm_ratio if bounded else None, limits.excess_norm, runtime.algorithm.length)
-        self._learner = server if isinstance(server := runtime.algorithm.server, LearningServer) else None
-        if self._learner is not None:
-            self._learner.begin()
         self._merger: Merger | None = None
         if wires:
-            rule, most, robust = aggregator_of(runtime), limits.max_weight_ratio, options.aggregator.robust
-            self._merger = Merger(wires.uplink, rule, bound, most if bounded else None, robust=robust)
+            rule, robust = aggregator_of(runtime), options.aggregator.robust
+            most = limits.max_weight_ratio if bounded or runtime.algorithm.weighs_claims else None
+            self._merger = Merger(wires.uplink, rule, bound, most, robust=robust)
         self._sampler = Sampler(runtime.experiment.num_sampled, options.max_resyncs_per_round, self._seed, checkpoints)
-        self._roster = Roster(runtime.experiment.num_clients)
+        self._roster = Roster(
+            runtime.experiment.num_clients, None if options.bind_names == "none" else options.release_names
+        )
         self._mailbox = Mailbox(ledger)
         self._asked: dict[str, tuple[str, int]] = {}  # message id -> client key and attempt, of the replies in hand
-        self._num_good_rounds = 0
-        self._first_failure = ""
+        self._tally = Tally(options.max_skipped_rounds, checkpoints.directory.parent)
         self._row: Row = {}  # of the last round that is closed
         self.reference = Reference(
             runtime.algorithm.shared, wires.downlink if wires else None, runtime.initial, runtime.lineage
         )
+        self._next = Advance(runtime, self.reference)
         hello = Hello(training_id, runtime.lineage, runtime.algorithm.foundations())
         reset = self._merger.reset if self._merger else None
         self._reception = Reception(options, hello, self._roster, self._mailbox, self.reference, reset, ledger)
@@ -111,7 +107,7 @@ class Exchange(Strategy):
         """Run the whole training. Only `grid` is used: the experiment says the rest, the ledger has the results.
 
         Raises:
-            RunError: if too few clients connect, or no round had enough good replies.
+            RunError: if too few clients connect, too many rounds in a row are skipped, or no round has counted.
         """
         self.summary()
         self._connect(grid)
@@ -122,9 +118,10 @@ class Exchange(Strategy):
             if stop:
                 break
             self._train(grid, number)
+            self._tally.require_learning()
             stop = self._reason_to_stop()
-        if self._num_good_rounds == 0 and not stop:
-            raise RunError(f"no round had {self._needed()} good replies{self._because()}")
+        if self._round.number > 0 or not stop:  # version 0 may be all that was wanted
+            self._tally.require_learned(self._needed(), stop)
         final = max(self._round.number, self._num_rounds) + 1
         messages = self.configure_evaluate(final, ArrayRecord(), ConfigRecord(), grid)
         self.aggregate_evaluate(final, self._send(grid, messages, EVALUATE, self._options.round_timeout_seconds))
@@ -148,11 +145,11 @@ class Exchange(Strategy):
         self._accept(replies)
         num_counted = len(current.accepted)
         if self._merger is not None and num_counted >= self._needed():
-            num_counted = self._merger.take(current, self._reject, self._roster.all())
+            num_counted = self._merger.take(current, self._reject, self._roster.all(), self.reference.shared)
             if num_counted >= self._needed() and not self._advance(self._merger):
                 num_counted = 0
         skipped = num_counted < self._needed()
-        self._num_good_rounds += not skipped
+        self._tally.take(skipped=skipped, reason=current.rejected[0].reason if current.rejected else "")
         if skipped:
             _log.warning("round %d skipped: %d good replies", current.number, num_counted)
         self._close_round(skipped=skipped)
@@ -246,11 +243,12 @@ class Exchange(Strategy):
         """The replies to this round's messages; everything else is noted."""
         current = self._round
         names = {node_id: seat.client_key for node_id, seat in current.seats.items()}
-        post = self._mailbox.exchange(grid, messages, names, purpose, current.number, timeout)
+        grace = Grace(self._needed() - len(current.accepted), self._options.grace_seconds, self._is_good)
+        post = self._mailbox.exchange(grid, messages, names, purpose, current.number, timeout, grace)
         for node_id in post.unsent:
             self._reject(names[node_id], "unsent", "the node is gone: nothing was sent to it")
         for node_id in post.silent:
-            self._reject(names[node_id], "silent", f"no reply within {timeout:.4g} s")
+            self._reject(names[node_id], "silent", f"no reply within {grace.describe(timeout)}")
         self._asked = {r.metadata.reply_to_message_id: (names[node_id], current.attempt) for node_id, r in post.replies}
         return [reply for _, reply in post.replies]
 
@@ -261,8 +259,7 @@ class Exchange(Strategy):
         for message in replies:
             client_key, attempt = self._asked[message.metadata.reply_to_message_id]
             try:
-                reply = Reply.from_records(content_of(message), current.lineage)
-                self._check(reply, client_key, attempt)
+                reply = self._read(message, client_key, attempt)
             except Exception as error:  # one bad reply costs one reply, whatever is wrong with it
                 self._reject(client_key, getattr(error, "kind", "malformed"), reason_of(error))
                 continue
@@ -271,8 +268,23 @@ class Exchange(Strategy):
             current.spent(reply.seconds)
             current.accepted[client_key] = reply
 
-    def _check(self, reply: Reply, client_key: str, attempt: int) -> None:
+    def _is_good(self, message: Message) -> bool:
+        """Whether a reply to the messages that are out can be read; what is in its payload shows later."""
+        try:
+            seat = self._round.seats[message.metadata.src_node_id]
+            self._read(message, seat.client_key, self._round.attempt)
+        except Exception:  # it is read again when the round is over, and rejected with the reason then
+            return False
+        return True
+
+    def _read(self, message: Message, client_key: str, attempt: int) -> Reply:
+        """A reply that is one to what this client was asked.
+
+        Raises:
+            MessageError: if it isn't.
+        """
         current = self._round
+        reply = Reply.from_records(content_of(message), current.lineage)
         known = self._asked_seat(client_key)
         if (reply.server_round, reply.attempt, reply.version) != (current.number, attempt, current.version):
             raise MessageError(
@@ -284,6 +296,7 @@ class Exchange(Strategy):
                 raise MessageError(f"{name.replace('_', '-')} was {at_first} at first, is {now} now")
         if (reply.payload is not None) != (current.trains and self._merger is not None):
             raise MessageError("a reply has a payload where, and only where, the algorithm exchanges something")
+        return reply
 
     def _asked_seat(self, client_key: str) -> Seat:
         """What was known of a client when it was written to."""
@@ -293,41 +306,23 @@ class Exchange(Strategy):
         """A reply that does not count; what its client holds is uncertain from here on."""
         self._round.reject(client_key, kind, reason)
         self._roster.doubt(client_key)
-        self._first_failure = self._first_failure or reason
 
     def _needed(self) -> int:
         """Good replies that a round must have."""
         options = self._options
         return 1 if self._merger is None else max(options.min_replies, options.aggregator.num_clients_needed)
 
-    def _because(self) -> str:
-        return f"; first reason: {self._first_failure}" if self._first_failure else ""
-
     # From uploads to the next version
 
     def _advance(self, merger: Merger) -> bool:
-        """Move the reference by the aggregate. False, and nothing moved, where there is none or it is not finite."""
-        current = self._round
-        seed = derive_seed(self._seed, "server", current.number)
-        assignment = Assignment.of_round(current.number, self._num_rounds, progress=current.progress, seed=seed)
+        """Go to the next version. False, and nothing moved, where there is none that can be used."""
         try:
-            started = perf_counter()
-            aggregate = merger.result()
-            broadcast = self._runtime.algorithm.server.broadcast(aggregate, self.reference.shared, assignment)
-            current.timed("aggregate", started)
-            started = perf_counter()
-            to_encode = derive_seed(seed, "encode")
-            current.payload_bytes = self.reference.advance(broadcast, progress=current.progress, seed=to_encode)
-            current.timed("encode", started)
-            if self._learner is not None:
-                self._learner.learn(self.reference.shared, assignment)
+            self._next.take(merger, self._round)
         except ValueError as error:
-            merger.undo()
-            current.reject(_SERVER, "aggregate", str(error))
-            self._first_failure = self._first_failure or str(error)
+            self._round.reject(_SERVER, "aggregate", str(error))
             return False
         for client_key in merger.counted():
-            self._roster.counted(client_key, current.number)
+            self._roster.counted(client_key, self._round.number)
         return True
 
     # The ledger, and what a later process needs to go on
@@ -339,10 +334,10 @@ class Exchange(Strategy):
             "reference": self.reference.saved(),
             "roster": self._roster.saved(),
             "sampler": self._sampler.saved(),
-            "rounds": Archive({"num_good": self._num_good_rounds, "first_failure": self._first_failure}),
-        } | (self._merger.saved() if self._merger else {})
-        if self._learner is not None:
-            parts["server half"] = Archive({}, self._learner.state())
+            "rounds": self._tally.saved(),
+            "account": account_of(self._ledger),
+        } | self._next.saved()
+        parts |= self._merger.saved() if self._merger else {}
         self._ledger.make_durable()
         self._checkpoints.save(Checkpoint(self._round.number, self._training_id, parts, self._row))
         self._ledger.write("round", **self._row)
@@ -355,46 +350,24 @@ class Exchange(Strategy):
         self._sampler.restore(parts["sampler"])
         if self._merger is not None:
             self._merger.restore(parts)
-        if self._learner is not None:
-            self._learner.restore(parts["server half"].arrays)
-        self._num_good_rounds = parts["rounds"].facts["num_good"]
-        self._first_failure = parts["rounds"].facts["first_failure"]
+        self._next.restore(parts, checkpoint.row["metrics"]["shared_global"])
+        self._tally.restore(parts["rounds"])
         self._round = self._new_round(checkpoint.server_round)
         self._row = dict(checkpoint.row)
+        attempts = self._options.num_attempts
+        go_on_counting(
+            self._ledger, parts.get("account"), self._checkpoints.choice(), checkpoint.server_round, attempts
+        )
         if last_written_round < checkpoint.server_round:
             self._ledger.write("round", **self._row)
 
     def _row_of(self, *, skipped: bool) -> Row:
-        """One row: the shared model as it is now, local scores of the version that clients were sent."""
-        current = self._round
-        started = perf_counter()
-        shared_global = self._runtime.algorithm.server.evaluate(self.reference.shared, self._test_data)
-        current.timed("evaluate", started)
-        replies = current.accepted.values()
-        return {
-            "round": current.number,
-            "version": self.reference.version,
-            "skipped": skipped,
-            "payload_bytes": current.payload_bytes,
-            "wire_bytes": self._ledger.wire_bytes - current.wire_bytes_before,
-            "local_version": current.version,
-            "metrics": {
-                "shared_global": shared_global,
-                "shared_local": weighted_scores((r.shared, r.num_test_examples) for r in replies),
-                "private_local": weighted_scores((r.private, r.num_test_examples) for r in replies),
-                "ensemble_local": weighted_scores((r.ensemble, r.num_test_examples) for r in replies),
-            },
-            "spread": {
-                "shared_local": spread_of(r.shared for r in replies),
-                "private_local": spread_of(r.private for r in replies),
-                "ensemble_local": spread_of(r.ensemble for r in replies),
-            },
-            "train": weighted_scores((r.train, r.num_examples) for r in replies),
-            "sampled": current.sampled,
-            "clients": sorted(current.accepted),
-            "online": self._roster.online(self._reception.live),  # counts: names would grow with the federation
-            "offline": self._roster.offline(self._reception.live),
-            "num_clipped": current.num_clipped,
-            "rejected": [asdict(rejection) for rejection in current.rejected],
-            "seconds": current.seconds,
-        }
+        return row_of(
+            self._round,
+            self._roster,
+            self._reception.live,
+            version=self.reference.version,
+            scores=self._next.scores(self._round),
+            wire_bytes=self._ledger.wire_bytes,
+            skipped=skipped,
+        )

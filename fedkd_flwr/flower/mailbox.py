@@ -13,6 +13,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedkd_flwr.flower.carriage import carried_bytes
+from fedkd_flwr.flower.grace import Grace
 from fedkd_flwr.flower.traffic import traffic_of
 from fedkd_flwr.measure.ledger import Ledger, MessageRow
 
@@ -88,6 +89,7 @@ class Mailbox:
         purpose: str,
         server_round: int,
         timeout_seconds: float,
+        grace: Grace | None = None,
     ) -> Post:
         """Send a batch and collect its replies.
 
@@ -98,6 +100,7 @@ class Mailbox:
             purpose: for the ledger.
             server_round: for the ledger.
             timeout_seconds: how long to wait for the replies.
+            grace: may end the wait earlier.
         """
         sent: dict[str, int] = {}
         unsent: list[int] = []
@@ -110,7 +113,7 @@ class Mailbox:
             else:
                 unsent.append(node_id)
         received: list[tuple[int, Message]] = []
-        for reply in self._poll(grid, set(sent), timeout_seconds):
+        for reply in self._poll(grid, set(sent), timeout_seconds, grace):
             node_id = sent.pop(reply.metadata.reply_to_message_id)
             received.append((node_id, reply))
             self._book(reply, "uplink", names.get(node_id, NOBODY), purpose, server_round)
@@ -118,8 +121,8 @@ class Mailbox:
             self._unanswered[message_id] = Unanswered(node_id, names.get(node_id, NOBODY), purpose, server_round)
         return Post(tuple(received), tuple(unsent), tuple(sent.values()))
 
-    def _poll(self, grid: Grid, asked: set[str], timeout_seconds: float) -> Iterator[Message]:
-        """Yield each reply as it comes, until all are there or the time is over.
+    def _poll(self, grid: Grid, asked: set[str], timeout_seconds: float, grace: Grace | None) -> Iterator[Message]:
+        """Yield each reply as it comes, until all are there or the time, or the grace, is over.
 
         Polls often at first and after each reply, then less and less.
         """
@@ -131,7 +134,11 @@ class Mailbox:
                 message_id = reply.metadata.reply_to_message_id
                 if message_id in asked:  # each answer counts once
                     asked.discard(message_id)
+                    if grace is not None:
+                        grace.take(reply)
                     yield reply
+            if grace is not None:
+                deadline = min(deadline, grace.ends())
             if not asked or monotonic() >= deadline:
                 return
             pause = _FIRST_PAUSE_SECONDS if received else min(pause * 1.5, _LONGEST_PAUSE_SECONDS)

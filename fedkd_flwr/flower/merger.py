@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 
-from fedkd_flwr.algorithms.base import Aggregator
+from fedkd_flwr.algorithms.base import Aggregator, Length
 from fedkd_flwr.core.arrays import Array, Arrays, RunningMean
 from fedkd_flwr.core.modules import prefixed
 from fedkd_flwr.core.protocols import Codec
@@ -53,13 +53,14 @@ class Merger:
         self._next_states: dict[str, Arrays] = {}  # of those whose upload was taken this round
         self._before: Arrays = {}  # the aggregator's state when the round began
 
-    def take(self, current: Round, reject: Reject, seats: Iterable[Seat] = ()) -> int:
+    def take(self, current: Round, reject: Reject, seats: Iterable[Seat] = (), shared: Arrays | None = None) -> int:
         """Take the accepted replies of a round.
 
         Args:
             current: the round; replies that turn out bad leave it.
             reject: called with client key, kind and reason of a bad one.
             seats: all clients, whose numbers of examples say how many one client may count for.
+            shared: what the updates move; its length bounds theirs for as long as hardly any are known.
 
         Returns:
             How many uploads were taken.
@@ -70,7 +71,7 @@ class Merger:
         self._next_states = {}
         needed = self._bound.needs_norms or self._buffer_bound.needs_norms
         norms = list(self._norms(current)) if needed else []
-        self._bound.begin(of_parameters for of_parameters, _ in norms)
+        self._bound.begin((of_parameters for of_parameters, _ in norms), self._length_of(shared or {}) if needed else 0)
         self._buffer_bound.begin(of_buffers for _, of_buffers in norms)
         most = most_examples(seats, self._max_weight_ratio)
         for client_key, reply in sorted(current.accepted.items()):
@@ -151,6 +152,11 @@ class Merger:
 
     def _parameters(self, upload: Arrays) -> dict[str, Array]:
         return {name: value for name, value in upload.items() if name not in self._buffer_names}
+
+    def _length_of(self, shared: Arrays) -> float:
+        """Of the parameters among the shared arrays. Statistics follow the data's scale, not the model's."""
+        exchanged = {tensor.name for tensor in self._uplink.spec} & shared.keys()
+        return Length().norm(self._parameters({name: shared[name] for name in exchanged or shared}))
 
     def _norms(self, current: Round) -> Iterable[tuple[float, float]]:
         """Of parameters and of buffers, for each update that can be read; it is decoded for that and let go."""

@@ -13,7 +13,7 @@ from fedkd_flwr.flower.mailbox import NOBODY, Mailbox
 from fedkd_flwr.flower.records import HELLO, Hello, HelloReply
 from fedkd_flwr.flower.reference import Reference
 from fedkd_flwr.flower.replies import content_of, reason_of
-from fedkd_flwr.flower.roster import Roster, Seat
+from fedkd_flwr.flower.roster import Roster, Seat, owners_of
 from fedkd_flwr.flower.round import Round
 from fedkd_flwr.flower.validation import implausible
 from fedkd_flwr.measure.ledger import Ledger
@@ -63,6 +63,7 @@ class Reception:
         self._reset = reset
         self._ledger = ledger
         self.live: set[int] = set()
+        self._owners: dict[int, str] = {}  # to which key the name of a node belongs
         self._failed: Counter[int] = Counter()  # hellos that a node answered with an error
         self._disbelieved: dict[str, str] = {}
         self._first_failure = ""
@@ -121,7 +122,11 @@ class Reception:
 
     def _greet(self, grid: Grid, current: Round) -> set[int]:
         """Ask every unknown node who it is and what it holds; collect what came late. All live nodes."""
-        self.live = live = set(grid.get_node_ids())
+        connected = list(grid.get_nodes())
+        self.live = live = {node.node_id for node in connected}
+        self._owners |= owners_of(
+            connected, self._options.bind_names
+        )  # of those that leave, too: their hello may be late
         for asked, message in self._mailbox.collect_late(grid):
             if asked.purpose == _HELLO:
                 self._admit(asked.node_id, message, live, current)
@@ -160,8 +165,8 @@ class Reception:
         key = reply.client_key
         before = self._roster.seat(key)
         held = self._reference.version_of(reply.version, reply.lineage)
-        if not self._roster.admit(node_id, reply, held, self._reference.version, live):
-            why = "a second live node with this name" if before is not None else "a client more than num_clients"
+        owner = self._owners.get(node_id, "")
+        if why := self._roster.admit(node_id, reply, held, self._reference.version, live, owner):
             self._first_failure = self._first_failure or f"{why} was refused: {key!r}"
             self._event(current, key, f"{why} was refused (node {node_id})")
             return

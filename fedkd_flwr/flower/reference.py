@@ -1,6 +1,7 @@
 """The server's copy of what every up-to-date client holds, and how to bring the others there."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,11 +42,20 @@ class Reference:
         self._snapshot: bytes | None = None
         self._window: deque[bytes] = deque()  # the newest payloads, together smaller than a snapshot
 
-    def advance(self, broadcast: Arrays, *, progress: float, seed: int) -> int:
+    def advance(
+        self, broadcast: Arrays, *, progress: float, seed: int, approve: Callable[[Arrays], None] | None = None
+    ) -> int:
         """Encode a broadcast, apply what clients will decode from it, and return the payload's bytes.
 
+        Args:
+            broadcast: what everyone is sent.
+            progress: share of training done, in [0, 1].
+            seed: of the codec.
+            approve: called with the shared arrays of the next version before it is taken.
+
         Raises:
-            ValueError: if the broadcast, or what it leads to, is not finite. Nothing has moved then.
+            ValueError: if the broadcast, or what it leads to, is not finite. Nothing has moved then, nor where
+                `approve` raises.
         """
         if self._downlink is None:
             raise RuntimeError("an algorithm that exchanges nothing has no next version")
@@ -54,6 +64,8 @@ class Reference:
         with np.errstate(over="ignore"):
             shared = self._shared_state.apply(self.shared, decoded)
         require_finite(shared)
+        if approve is not None:
+            approve(shared)
         self.shared = shared
         self._encoder_state, self._decoder_state = encoder_state, decoder_state
         self.lineage = next_lineage(self.lineage, payload)

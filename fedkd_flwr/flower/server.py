@@ -23,11 +23,15 @@ from fedkd_flwr.measure.summary import read_summary, write_summary
 
 STUDENT_DIR = "student"
 LOCK_FILE = "lock"
-# What may differ in a resumed run: where results go, how long to wait, when to end, how much to keep.
+# What may differ in a resumed run: where results go, how long to wait, when to end, how much to keep, whose names are.
 _FREE_TO_CHANGE = {
     "output_dir",
     "network",
     "server.round_timeout_seconds",
+    "server.grace_seconds",
+    "server.max_skipped_rounds",
+    "server.bind_names",
+    "server.release_names",
     "server.connect_timeout_seconds",
     "server.min_available",
     "server.keep_checkpoints",
@@ -97,6 +101,11 @@ def _exchange(runtime: Runtime, settings: ServerSettings, ledger: Ledger) -> Exc
     checkpoint = checkpoints.latest() if settings.resume else None
     training_id = checkpoint.training_id if checkpoint else ledger.training_id or secrets.token_hex(8)
     attempt = 1
+    if checkpoint and not ledger.training_id and runtime.experiment.noise_facts and "account" not in checkpoint.parts:
+        raise RunError(
+            f"the ledger of {str(settings.run_dir)!r} is lost, and its checkpoint does not say how much privacy is "
+            f"spent; put {LEDGER_FILE} back, or start a new run"
+        )
     if ledger.training_id:
         ledger.write(
             "resume",

@@ -1,9 +1,10 @@
 """The ledger: one JSON row for everything that happened in a run, appended as it happens.
 
 Row kinds: `start` (who, with what), `message` (bytes of one message), `round` (metrics, counts, seconds), `event`
-(something unusual about a client), `final` (the evaluation on all clients at the end), `end` (status), `resume` (a
-later process goes on after an end or a crash). A row is written whole or, if the process dies, not at all as far as a
-reader can tell: an unfinished last line is left out.
+(something unusual about a client), `account` (what a checkpoint knows to have been moved and disclosed, where rows of
+it were lost), `final` (the evaluation on all clients at the end), `end` (status), `resume` (a later process goes on
+after an end or a crash). A row is written whole or, if the process dies, not at all as far as a reader can tell: an
+unfinished last line is left out.
 """
 
 import json
@@ -84,6 +85,8 @@ class Ledger:
         kind = row["kind"]
         if kind == "message":
             self.wire_bytes += row.get("wire_bytes", 0)
+        elif kind == "account":
+            self.wire_bytes += row["lost_wire_bytes"]
         elif kind == "round":
             self.last_round = row.get("round", self.last_round)
         elif kind == "start":
@@ -107,6 +110,17 @@ class Ledger:
     def message(self, row: MessageRow) -> None:
         """Append the bytes of one message."""
         self.write("message", **asdict(row))
+
+    def go_on(self, wire_bytes: int, disclosed: Mapping[str, Any] | None) -> None:
+        """Count at least so much from here on: this file may have been lost, or be an older one, and rows with it.
+
+        Args:
+            wire_bytes: of all messages.
+            disclosed: see `PrivacyAccount.saved`; None where clients add no noise.
+        """
+        lost = max(0, wire_bytes - self.wire_bytes)
+        if lost or (self.privacy is not None and disclosed is not None and self.privacy.lacks(disclosed)):
+            self.write("account", lost_wire_bytes=lost, disclosed=disclosed)
 
     def make_durable(self) -> None:
         """Wait until what was written is on the disk."""

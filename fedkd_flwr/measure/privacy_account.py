@@ -45,7 +45,9 @@ class PrivacyAccount:
 
     def take(self, row: Mapping[str, Any]) -> None:
         """Count one row of the ledger. Those of a round that was done again count again: both were seen."""
-        if row["kind"] == "message":
+        if row["kind"] == "account":
+            self._merge(row["disclosed"] or {})
+        elif row["kind"] == "message":
             if (row["direction"], row["purpose"]) == ("downlink", "train"):
                 self._num_trainings[row["node"]] += 1
         elif row["kind"] == "round" and not row.get("skipped") and row.get("clients") and row["round"] > 0:
@@ -55,6 +57,31 @@ class PrivacyAccount:
         if row["kind"] == "round":
             changed = row.get("num_clipped") or any(r["kind"] in _BY_CONTENT for r in row.get("rejected", ()))
             self._released_holds &= not changed
+
+    def saved(self) -> dict[str, Any]:
+        """What was counted, for a checkpoint and as `disclosed` of a ledger's row of kind "account"."""
+        return {
+            "num_trainings": dict(self._num_trainings),
+            "released": {name: value if math.isfinite(value) else None for name, value in self._released.items()},
+            "released_holds": self._released_holds,
+        }
+
+    def lacks(self, disclosed: Facts) -> bool:
+        """Whether some client has disclosed more by another count of the same run (see `saved`) than by this one."""
+        other = PrivacyAccount(self._facts)
+        other._merge(disclosed)
+        return (
+            any(count > self._num_trainings[name] for name, count in other._num_trainings.items())
+            or any(value > self._released.get(name, 0.0) for name, value in other._released.items())
+            or (self._released_holds and not other._released_holds)
+        )
+
+    def _merge(self, disclosed: Facts) -> None:
+        """Count at least what another count of the same run says: the larger of both, client by client."""
+        self._num_trainings |= Counter(disclosed.get("num_trainings", {}))
+        for name, value in disclosed.get("released", {}).items():
+            self._released[name] = max(self._released.get(name, 0.0), math.inf if value is None else value)
+        self._released_holds &= disclosed.get("released_holds", True)
 
     @property
     def num_trainings(self) -> int:

@@ -1,5 +1,6 @@
 """From decoded uploads to the next version."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,17 +21,23 @@ from tests.conftest import small
 
 
 class NoTask:
-    """All that an exchange asks of a task before it evaluates."""
+    """All that an exchange asks of a task, to whom every model is as good as any."""
 
     def test_data(self) -> list[None]:
         return []
 
+    def predict(self, module: nn.Module, examples: list[None]) -> None:
+        return None
 
-def exchange_of(module: nn.Module, directory: Path, *overrides: str) -> tuple[Exchange, Runtime]:
+    def score(self, predictions: None, examples: list[None]) -> dict[str, float]:
+        return {"loss": 1.0}
+
+
+def exchange_of(module: nn.Module, directory: Path, *overrides: str, **changes: Any) -> tuple[Exchange, Runtime]:
     experiment = small("compressor.name=identity", *overrides)
     task = cast(Task, NoTask())
     shared = SharedModel(task, module)
-    algorithm = Algorithm("updates", shared, cast(Any, None), MeanUpdateServer(shared), 1, 1)
+    algorithm = replace(Algorithm("updates", shared, cast(Any, None), MeanUpdateServer(shared), 1, 1), **changes)
     initial = shared.initial()
     wires = shared.wires(experiment.build_codec)
     runtime = Runtime(experiment, task, algorithm, wires, initial, initial_lineage(initial))
@@ -69,12 +76,18 @@ def test_parameters_are_weighted_as_asked_and_buffers_always_count_alike(
     assert np.array_equal(after["num_batches_tracked"], runtime.initial["num_batches_tracked"])
 
 
-@pytest.mark.parametrize(("ratio", "moved"), [("3.0", 2.8), ("null", 3.997)])
+OUTPUTS = {"exchanges": "outputs", "weighs_claims": True}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "moved", "changes"),
+    [("3.0", 2.8, {}), ("null", 3.997, {}), ("3.0", 2.8, OUTPUTS), ("null", 3.997, OUTPUTS)],
+)
 def test_a_claim_of_many_examples_weighs_at_most_a_few_times_the_median(
-    tmp_path: Path, ratio: str, moved: float
+    tmp_path: Path, ratio: str, moved: float, changes: dict[str, Any]
 ) -> None:
     weighting = ("server.aggregator.weighting=num_examples", f"server.validation.max_weight_ratio={ratio}")
-    exchange, runtime = exchange_of(nn.Linear(2, 1), tmp_path, *weighting)
+    exchange, runtime = exchange_of(nn.Linear(2, 1), tmp_path, *weighting, **changes)
     assert runtime.wires is not None
     for key, num_examples, value in (("a", 1, 1.0), ("b", 1, 1.0), ("liar", 1998, 4.0)):
         update = {t.name: np.full(t.shape, value, np.float32) for t in runtime.wires.uplink.spec}

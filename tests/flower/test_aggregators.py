@@ -437,3 +437,15 @@ def test_a_client_cannot_weigh_more_by_claiming_an_absurd_loss() -> None:
     first, second = honest.result(), absurd.result()
     assert first is not None and second is not None
     assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_of_two_clients_the_smaller_loss_bounds_the_other() -> None:
+    honest, absurd = built("qfedavg"), built("qfedavg")
+    uploads = Round(0, 2).uploads
+    for aggregator, claimed in ((honest, 10.0), (absurd, 1e300)):
+        aggregator.begin(1)
+        for upload, loss in zip(uploads, (1.0, claimed), strict=True):
+            aggregator.add(upload, 1, loss)
+    first, second = honest.result(), absurd.result()
+    assert first is not None and second is not None
+    assert all(np.array_equal(first[name], second[name]) for name in first)

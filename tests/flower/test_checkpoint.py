@@ -1,12 +1,13 @@
 """The newest checkpoint that can be read, or the one before."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedkd_flwr.flower.archive import Archive
+from fedkd_flwr.flower.archive import Archive, write_archive
 from fedkd_flwr.flower.checkpoint import CHECKPOINTS_DIR, Checkpoint, Checkpoints
 from fedkd_flwr.flower.errors import RunError
 from tests.flower.test_archive import full_disk
@@ -125,3 +126,27 @@ def test_a_full_disk_is_an_error_and_older_ones_are_intact(checkpoints: Checkpoi
 def test_a_directory_that_cannot_be_made_is_an_error(run_dir: str) -> None:
     with pytest.raises(RunError, match="checkpoint of round 1 can't be written"):
         Checkpoints(Path(run_dir), keep=1).save(checkpoint(1))
+
+
+def test_what_clients_have_written_is_as_long_as_it_likes(checkpoints: Checkpoints) -> None:
+    plain = checkpoint(1)
+    reasons = [{"client": f"c{number}", "kind": "error", "reason": "x" * 20_000_000} for number in range(4)]
+    reasons.append({"client": "last", "kind": "error", "reason": "x" * 25_000_000})
+    rounds = Archive({"num_good": 0, "first_failure": "y" * 20_000_000})
+    given = replace(plain, parts=dict(plain.parts) | {"rounds": rounds}, row={"round": 1, "rejected": reasons})
+    checkpoints.save(given)
+    assert same(checkpoints.latest(), given)
+
+
+def test_a_checkpoint_of_the_format_before_is_read(checkpoints: Checkpoints) -> None:
+    given = checkpoint(3)
+    arrays = {f"{part}/{name}": value for part, of in given.parts.items() for name, value in of.arrays.items()}
+    facts = {
+        "server_round": 3,
+        "training_id": given.training_id,
+        "parts": {part: archive.facts for part, archive in given.parts.items()},
+        "row": given.row,
+    }
+    checkpoints.directory.mkdir()
+    write_archive(checkpoints.directory / "round-0000003.safetensors", "fedkd checkpoint 1", Archive(facts, arrays))
+    assert same(checkpoints.latest(), given)

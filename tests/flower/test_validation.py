@@ -13,7 +13,7 @@ from fedkd_flwr.algorithms.base import Length
 from fedkd_flwr.core.arrays import Array
 from fedkd_flwr.flower.errors import MessageError
 from fedkd_flwr.flower.roster import Seat
-from fedkd_flwr.flower.validation import NormBound, implausible, most_examples
+from fedkd_flwr.flower.validation import NormBound, implausible, most_examples, require_finite_scores
 
 
 def update(norm: float) -> dict[str, Array]:
@@ -66,11 +66,60 @@ def test_six_accepted_norms_are_enough_to_judge_a_round_by() -> None:
     assert not NormBound(None, "reject").needs_norms
 
 
-@pytest.mark.parametrize("norms", [(), (1.0,), (1.0, 1.0)])
-def test_below_three_known_norms_there_is_no_bound(norms: tuple[float, ...]) -> None:
-    for bound in (primed(norms), NormBound(5.0, "reject")):
-        bound.begin(() if bound._norms else norms)
-        assert admitted(bound, 1e30)
+def first_round(norms: Sequence[float], reference: float) -> list[bool]:
+    """Which of a first round's updates are admitted."""
+    bound = NormBound(5.0, "reject")
+    bound.begin(norms, reference)
+    return [admitted(bound, norm) for norm in norms]
+
+
+@pytest.mark.parametrize(
+    ("norms", "reference", "expected"),
+    [
+        ([1.0, 1e30], 3.0, [True, False]),
+        ([24.9, 1.0], 0.0, [True, True]),  # far more steps than the other
+        ([25.1, 1.0], 0.0, [False, True]),
+        ([25.1, 1.0], 5.1, [True, True]),  # no longer than the model makes believable
+        ([1e-30, 2.0], 1.0, [True, True]),  # next to nothing does not get the other rejected
+        ([0.0, 1e30], 1.0, [True, False]),
+        ([1e30], 1.0, [False]),  # nobody speaks for itself
+        ([4.9], 1.0, [True]),
+        ([0.0, 0.0, 1e30], 1.0, [True, True, False]),  # a median that says nothing
+        ([1e30, np.inf], 1.0, [False, False]),
+    ],
+)
+def test_where_too_few_lengths_are_known_the_shortest_and_the_model_bound_the_others(
+    norms: list[float], reference: float, expected: list[bool]
+) -> None:
+    assert first_round(norms, reference) == expected
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1.0, 24.9), st.floats(0.0, 1e3))
+def test_two_clients_of_very_different_sizes_are_both_believed(norm: float, factor: float, reference: float) -> None:
+    assert first_round([norm, norm * factor], reference) == [True, True]
+
+
+def test_a_rejection_says_what_the_bound_is_made_of() -> None:
+    for norms, reference, words in (
+        ([1.0, 1e30], 0.0, "more than 25 times the shortest of 2; at most 25 is believed"),
+        ([1e30], 2.0, "more than 5 times the model's own; at most 10 is believed"),
+    ):
+        bound = NormBound(5.0, "reject")
+        bound.begin(norms, reference)
+        with pytest.raises(MessageError, match=words):
+            bound.admit(update(1e30))
+
+
+def test_without_a_model_and_without_others_there_is_no_bound() -> None:
+    assert first_round([1e30], 0.0) == [True]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_no_numbers_are_refused_by_name(value: float) -> None:
+    require_finite_scores({"accuracy": 0.5})
+    require_finite_scores(None)
+    with pytest.raises(ValueError, match="the next version's loss on the server's test set is"):
+        require_finite_scores({"accuracy": 0.5, "loss": float(value)})
 
 
 def test_the_bound_is_a_multiple_of_the_median_of_what_was_accepted() -> None:

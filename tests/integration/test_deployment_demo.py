@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fedkd_flwr.flower.checkpoint import Checkpoints
 from tests.conftest import SMALL, Run
 from tests.flower.test_exchange import outcome
 from tests.integration.federation import BIN, ENVIRONMENT, fedkd
@@ -94,6 +95,9 @@ def test_the_demo_gives_the_in_process_student_and_flowers_own_bytes_and_leaves_
     assert process.returncode == 0, said
     run_dir = next((tmp_path / "the out" / "small").iterdir())
     assert outcome(run_dir) == outcome(run("num_rounds=2"))
+    newest = Checkpoints(run_dir, 1).latest()
+    assert newest is not None
+    assert len({seat["owner"] for seat in newest.parts["roster"].facts["seats"]} - {""}) == NUM_NODES, "keys own names"
     difference = next(line for line in printed.splitlines() if line.startswith("bytes: "))
     assert abs(float(difference.split()[-2])) < 1
     assert (run_dir / "report.html").is_file()

@@ -39,6 +39,7 @@ class Fault:
         overrides: of the experiment.
         num_late: clients that are not there at first.
         everyone: in the rounds of the fault every client is a victim.
+        authenticated: nodes are registered, each with a key of its own.
         committed: the client kept what it was sent, so that nothing may be sent to it again.
         rounds: in which there is a victim.
         prepare: gives `absent` or `begun_again` for the final check.
@@ -54,6 +55,7 @@ class Fault:
     overrides: tuple[str, ...] = ()
     num_late: int = 0
     everyone: bool = False
+    authenticated: bool = False
     committed: bool = False
     rounds: tuple[int, ...] = (2, 4)
     prepare: Callable[[World], dict[str, set[str]]] | None = None
@@ -359,6 +361,34 @@ def away_for_two_rounds(world: World, number: int) -> None:
         world.grid.add_node(int(world.memory["partition"]))
 
 
+def takes_the_name_of_one_that_is_away(world: World, number: int) -> None:
+    """A registered node, with a place of its own and data of its own, says that it is another, which comes back."""
+    if number == 2:
+        world.memory["away"] = node_id = world.victims[2]
+        world.memory["partition"] = partition = int(world.grid._contexts[node_id].node_config["partition-id"])
+        world.grid.remove_node(node_id)
+        world.memory["thief"] = world.grid.add_node(0, **{"client-id": f"{partition:05d}"})
+    if number == 5:
+        world.grid.remove_node(world.memory["thief"])
+        world.grid.add_node(world.memory["partition"], node_id=world.memory["away"])
+
+
+def uses_up_names(world: World, message: Message, context: Context, work: Call) -> Message:
+    """One node says a new name at each hello, and asks to be greeted again by failing at each training."""
+    reply = work()
+    if context.node_config["partition-id"] != 0:
+        return reply
+    said = world.memory["said"] = world.memory.get("said", 0) + 1
+    truth = HelloReply.from_records(reply.content)
+    return Message(replace(truth, client_key=f"name{said}").to_records(), reply_to=message)
+
+
+def fails_as_node_0(world: World, message: Message, context: Context, work: Call) -> Message:
+    if context.node_config["partition-id"] == 0:
+        raise RuntimeError("no data today")
+    return work()
+
+
 def gone_when_asked(world: World, number: int) -> None:
     """The node leaves between being chosen and being written to."""
     if number in world.rounds:
@@ -455,6 +485,20 @@ FAULTS = [
         committed=True,
     ),
     Fault("client hangs past the timeout and never answers", "silent", on_reply=held(100), prepare=victims_absent),
+    Fault(
+        "client never answers; the round closes when the grace is over",
+        "silent",
+        on_reply=held(100),
+        prepare=victims_absent,
+        overrides=("server.round_timeout_seconds=600", "server.grace_seconds=0.1"),
+    ),
+    Fault(
+        "client answers two rounds after the grace is over",
+        "late",
+        on_reply=held(2),
+        rounds=(2,),
+        overrides=("server.round_timeout_seconds=600", "server.grace_seconds=0.1"),
+    ),
     Fault("client hangs past the timeout and answers two rounds later", "late", on_reply=held(2), rounds=(2,)),
     Fault("reply truncated", "payload", payload(lambda data: data[:-3], honest_checksum=True), committed=True),
     Fault("reply with a flipped bit", "payload", payload(flipped, honest_checksum=True), committed=True),
@@ -477,6 +521,28 @@ FAULTS = [
         payload(wild_statistics),
         rounds=(2, 4),
         overrides=("server.aggregator.name=fedmedian",),
+    ),
+    Fault(
+        "an endless update in a first round of two",
+        "norm",
+        payload(all_largest),
+        rounds=(1,),
+        overrides=("server.fraction_train=1.0", "server.num_train=2"),
+    ),
+    Fault(
+        "endless statistics in a first round of two",
+        "norm",
+        payload(wild_statistics),
+        rounds=(1,),
+        overrides=("server.fraction_train=1.0", "server.num_train=2"),
+    ),
+    Fault(
+        "a version whose score is no number",
+        "aggregate",
+        payload(wild_statistics),
+        rounds=(1, 3, 4),
+        overrides=("server.validation.max_norm_ratio=null",),
+        committed=True,
     ),
     Fault("negative num-examples", "malformed", metric("num-examples", -5), committed=True),
     Fault("absurd num-examples", "malformed", metric("num-examples", 10**9), committed=True),
@@ -556,6 +622,23 @@ FAULTS = [
         on_hello=changes_its_name,
         rounds=EVERY_ROUND,
         overrides=("server.min_available=2",),
+        prepare=every_name_of_node_0,
+    ),
+    Fault(
+        "a registered node takes the name of one that is away",
+        "a node with another key",
+        after_round=takes_the_name_of_one_that_is_away,
+        authenticated=True,
+    ),
+    Fault(
+        "a registered node uses up the names",
+        "a node that has had 4 names",
+        fails_as_node_0,
+        on_hello=uses_up_names,
+        rounds=EVERY_ROUND,
+        everyone=True,
+        authenticated=True,
+        overrides=("server.fraction_train=1.0", "server.min_available=2"),
         prepare=every_name_of_node_0,
     ),
     Fault("hello raises once", None, on_hello=hello_raises_once),

@@ -41,6 +41,7 @@ def test_fault(
             rounds=fault.rounds,
             nodes=experiment.num_clients - fault.num_late,
             everyone=fault.everyone,
+            authenticated=fault.authenticated,
         )
         world.run()
         kinds = Counter(item["kind"] for item in world.rejected())

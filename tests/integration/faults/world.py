@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 
 import client_app
 from fedkd_flwr.algorithms import fedkd
@@ -81,6 +82,7 @@ class World:
         on_hello: what every client does with a hello.
         rounds: in which there is a victim, the first client by name.
         nodes: how many are there at first; all clients by default.
+        authenticated: nodes are registered, each with a key of its own, which it keeps for as long as its id.
         everyone: in those rounds every client is a victim.
         force: resume even with another number of rounds.
     """
@@ -94,6 +96,7 @@ class World:
     on_hello: Callable[["World", Message, Context, Call], Message] | None = None
     rounds: tuple[int, ...] = (2, 4)
     nodes: int = 0
+    authenticated: bool = False
     everyone: bool = False
     force: bool = False
     # what was seen
@@ -294,6 +297,7 @@ class FaultyGrid(LocalGrid):
         super().__init__(world.client, nodes, run_config)
         self._world = world
         self._run_config = run_config
+        self._next_id = max(self._contexts, default=999) + 1
         self._sent: dict[str, Message] = {}
         self._delayed: list[tuple[int, Message]] = []
         self.round = 0
@@ -306,9 +310,17 @@ class FaultyGrid(LocalGrid):
             self._world.after_round(self._world, self.round)
         return super().get_node_ids()
 
-    def add_node(self, partition_id: int, **node_config: str) -> int:
-        """A node that is there from now on."""
-        node_id = max(self._contexts) + 1
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        nodes = list(super().get_nodes())
+        if self._world.authenticated:
+            for node in nodes:
+                node.public_key, node.name = f"key {node.node_id}".encode(), f"registered {node.node_id}"
+        return nodes
+
+    def add_node(self, partition_id: int, *, node_id: int | None = None, **node_config: str) -> int:
+        """A node that is there from now on; one that was there before has the id it had."""
+        node_id = node_id or self._next_id
+        self._next_id = max(self._next_id, node_id + 1)
         config: dict[str, Any] = {"partition-id": partition_id, **node_config}
         self._contexts[node_id] = Context(1, node_id, config, RecordDict(), dict(self._run_config))
         return node_id
