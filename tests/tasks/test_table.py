@@ -14,7 +14,8 @@ from fedkd_flwr.tasks.partition import (
     SizePartition,
     TablePartition,
 )
-from fedkd_flwr.tasks.table import MISSING, ClassWeights, ClientRows, Labels, class_weights, left_out, read_labels
+from fedkd_flwr.tasks.labels import MISSING, Labels, read_labels
+from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out
 
 NUM_TRAIN, NUM_TEST = 40, 12
 
