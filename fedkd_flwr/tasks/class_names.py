@@ -63,7 +63,7 @@ def number_of(text: str) -> int | float | None:
 
 
 def folded(name: str) -> str:
-    """A name without what is easily overlooked: case, width of letters, spaces around it, kinds and number of spaces."""
+    """A name without what is easily overlooked: case, width of letters, kinds and number of spaces, those around it."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
@@ -234,14 +234,14 @@ LabelNames = Annotated[tuple[str, ...], BeforeValidator(_quoted_names)]
 
 
 def _read_class(value: object) -> object:
-    """An option that names a class, as YAML has it: truth values are told apart from numbers when the names are known."""
+    """An option that names a class, as YAML has it: a truth value is no number here."""
     if value is not None and not isinstance(value, str | int | float):
         raise ValueError(f"must be the name of a class, got {shown(value)}; quote it")
     return value
 
 
 ClassName = Annotated[Any, BeforeValidator(_read_class)]
-"""An option that names a class: text, number, or a truth value that `chosen_class` accepts only where one is called so."""
+"""An option that names a class: a text, a number, or a truth value where a class is called so; see `chosen_class`."""
 
 
 def near_equal(names: Iterable[str]) -> list[tuple[str, ...]]:

@@ -179,10 +179,10 @@ def _present(values: Sequence[Label | None], column: str, table: "Dataset") -> t
         )
     names = _names_of(present)
     numbers = {name: number_of(name) for name in names}
-    sorted_names = sorted(names, key=lambda name: (numbers[name], name) if _all_numbers(numbers) else (name,))
-    if not _all_numbers(numbers):
+    if None in numbers.values():
         _require_classes(len(names), len(values), f"{len(names)} distinct texts", column, quantities=False)
-        return tuple(sorted_names), ()
+        return tuple(sorted(names)), ()
+    sorted_names = sorted(names, key=lambda name: (numbers[name], name))
     first, last = sorted_names[0], sorted_names[-1]
     through = {*numbers.values()} == set(range(len(names)))
     said = f"{len(names)} distinct numbers up to {last}"
@@ -191,10 +191,6 @@ def _present(values: Sequence[Label | None], column: str, table: "Dataset") -> t
     missing = gaps and int(last) - int(first) >= len(names)
     note = f"{column!r} has {len(names)} distinct numbers from {first} to {last}, each a class of its own; set "
     return tuple(sorted_names), (f"{note}task.label_names if there are more classes",) if missing else ()
-
-
-def _all_numbers(numbers: Mapping[str, int | float | None]) -> bool:
-    return None not in numbers.values()
 
 
 def _names_of(present: set[Label]) -> set[str]:

@@ -1,8 +1,10 @@
 """Tags of words: their names in order, and those of other schemes as IOB2.
 
-In IOB2 B- begins an entity and I- goes on with it. IOBES and BILOU mark its end and single words besides, IOB1 begins an entity with B- only after another of its type.
+In IOB2 B- begins an entity and I- goes on with it. IOBES and BILOU mark its end and single words besides, IOB1 begins
+an entity with B- only after another of its type.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +35,14 @@ def in_iob2(tag: Any) -> Any:
     return _TO_IOB2.get(tag[0], tag[0]) + tag[1:]
 
 
-def names_in_iob2(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of tags in order, each once."""
+def names_in_iob2(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of tags as IOB2, in order.
+
+    Raises:
+        ValueError: if one is there twice.
+    """
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise ValueError(f"task.label_names: names {twice[0]!r} twice; give each tag once")
     return tuple(dict.fromkeys(in_iob2(name) for name in names))
 
 
@@ -131,10 +139,8 @@ def require_iob2(names: Sequence[str], key: str) -> None:
     """Check names of tags.
 
     Raises:
-        ValueError: naming `key`, if one is there twice or is none of IOB2, or there is no "O".
+        ValueError: naming `key`, if one is none of IOB2, or there is no "O".
     """
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"task.label_names: names {twice[0]!r} twice; give each tag once")
     wrong = [name for name in names if name != OUTSIDE and (name[:2] not in ("B-", "I-") or len(name) < 3)]
     if wrong or OUTSIDE not in names:
         got = shown(wrong[0]) if wrong else "no 'O'"

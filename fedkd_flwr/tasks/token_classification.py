@@ -63,8 +63,8 @@ class TokenClassificationOptions(TextTaskOptions):
 
     Attributes:
         data: the sentences.
-        label_names: the tags in order, with "O", in IOB2 or in what is read as IOB2; null takes those that the data names
-            or has.
+        label_names: the tags in order, with "O", in IOB2 or a scheme that is read as IOB2; null takes those that the
+            data names or has.
         class_weights: how much each tag counts in the task loss: "balanced" by the training split's counts, one number
             for each tag, or null for all alike.
         partition: how the training split is divided. A partition by label goes by the type of entity that a sentence
