@@ -109,7 +109,7 @@ def image_digests(encoded: "Dataset", column: str, located: Callable[[Any], Any]
     """
     found: list[int] = []
     for rows in encoded.iter(_ROWS_AT_ONCE):
-        found.extend(_image_digest(located(value)) for value in rows[column])  # type: ignore[call-overload, index]
+        found.extend(_image_digest(located(value)) for value in rows[column])
     return np.array(found, np.int64)
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkd_flwr.tasks.scores import entity_spans
@@ -41,6 +41,7 @@ def sentences(draw: st.DrawFn) -> tuple[list[Span], int]:
     return spans, place + draw(st.integers(0, 2))
 
 
+@settings(max_examples=40)
 @given(st.lists(sentences(), min_size=1, max_size=4), st.sampled_from(["IOB1", "IOB2", "IOBES", "BILOU", "BMEWO"]))
 def test_entities_are_the_same_in_every_scheme(rows: list[tuple[list[Span], int]], scheme: str) -> None:
     read, _ = rows_in_iob2([written(spans, length, scheme) for spans, length in rows], lambda _: True)
@@ -91,7 +92,7 @@ def test_numbers_are_places_in_the_names_as_they_are_given(tiny_bert: Path, tmp_
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize(("tag", "given"), product(("DET", "B_X"), (False, True)))
+@pytest.mark.parametrize(("tag", "given"), [*product(("DET", "B_X"), (False, True))])
 def test_tags_that_are_of_no_scheme_are_blamed_on_where_they_are(
     tag: str, given: bool, tiny_bert: Path, tmp_path: Path
 ) -> None:
