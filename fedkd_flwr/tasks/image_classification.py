@@ -15,8 +15,12 @@ from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import Batch, DataReport, Examples, Models, Outputs, PublicExamples
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import TableTask
+from fedkd_flwr.tasks.class_names import LabelNames
+from fedkd_flwr.tasks.classification_head import head_notes
 from fedkd_flwr.tasks.cnn import CnnOptions, ImageShape
+from fedkd_flwr.tasks.data_notes import repeated_notes
 from fedkd_flwr.tasks.image_models import (
+    IMAGE_HEAD,
     ImageModels,
     ImageStudent,
     ImageTeacher,
@@ -24,11 +28,13 @@ from fedkd_flwr.tasks.image_models import (
     chosen_models,
 )
 from fedkd_flwr.tasks.images import DECODED_BYTES, ImageExamples, Images, ImageTaskOptions, image_column
+from fedkd_flwr.tasks.labels import read_labels
 from fedkd_flwr.tasks.partition import IidPartition, OwnPartition, Rows, TablePartition, WholePartition
 from fedkd_flwr.tasks.public import PublicImageOptions, PublicRows, held_out
 from fedkd_flwr.tasks.scores import classification_scores, predict
 from fedkd_flwr.tasks.source import DataSource
-from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables, read_labels
+from fedkd_flwr.tasks.stored_names import stored_names
+from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables
 from fedkd_flwr.tasks.transformer import LayersOptions, TransformerOptions
 
 
@@ -66,7 +72,7 @@ class ImageClassificationOptions(ImageTaskOptions):
 
     name: Literal["image_classification"] = "image_classification"
     data: ImageData
-    label_names: tuple[str, ...] | None = Field(None, min_length=2)
+    label_names: LabelNames | None = Field(None, min_length=2)
     class_weights: ClassWeights = None
     partition: TablePartition = IidPartition()
     client_test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -108,7 +114,12 @@ class ImageClassification(TableTask):
         if columns.label == column:
             raise ValueError(f"task.data.columns.label: {column!r} is the column of the images; name another")
         renamed = not isinstance(options.partition, WholePartition)
-        labels = read_labels(train, test, columns.label, options.label_names, renamed=renamed)
+        key = "task.data.columns.label"
+        stored = (
+            stored_names(options.data, train, columns.label, key),
+            stored_names(options.data, test, columns.label, key),
+        )
+        labels = read_labels(train, test, columns.label, options.label_names, renamed=renamed, stored=stored)
         self._train_labels, self._test_labels = labels.train, labels.test
         train_rows, train_notes = _usable(str(train.split), self._train, labels.train)
         test_rows, test_notes = _usable(str(test.split), self._test, labels.test)
@@ -131,7 +142,8 @@ class ImageClassification(TableTask):
             options.client_test_fraction,
         )
         super().__init__(options, rows, test_rows, DECODED_BYTES)
-        self._report = rows.report(labels, (*train_notes, *test_notes))
+        self._labels_read, self._notes = labels, (*train_notes, *test_notes)
+        self._usable_train = train_rows
         self._num_classes = len(labels.names)
         weights = class_weights(options.class_weights, labels.train[train_rows], len(labels.names))
         self._models = ImageModels(options, self._shape, labels.names, weights)
@@ -139,8 +151,18 @@ class ImageClassification(TableTask):
         self._join_last = any(not isinstance(kind, CnnOptions) for kind in chosen_models(options).values())
 
     def data_report(self) -> DataReport:
-        """Labels of each client's rows of the training split, and what was left out."""
+        """Labels of each client's rows of the training split, what was left out, and what is odd about the rows."""
         return self._report
+
+    @cached_property
+    def _report(self) -> DataReport:
+        repeated: tuple[str, ...] = ()
+        if not isinstance(self._options.partition, OwnPartition | WholePartition):
+            train, test = self._train, self._test
+            rows = train.digests()[self._usable_train], test.digests()[self._usable_test]
+            repeated = repeated_notes(*rows, (train.split, test.split))
+        heads = head_notes(self._options, IMAGE_HEAD, self._labels_read.names)
+        return self._rows.report(self._labels_read, (*self._notes, *repeated, *heads))
 
     def build_models(self, seed: int) -> Models:
         """Teacher and student as the options say; what has no pretrained weights is drawn from `seed`.

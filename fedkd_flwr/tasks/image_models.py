@@ -18,6 +18,8 @@ from fedkd_flwr.tasks.images import ImageTaskOptions
 from fedkd_flwr.tasks.source import reason_of
 from fedkd_flwr.tasks.transformer import LayersOptions, TransformerOptions, Transformers, save_transformer
 
+IMAGE_HEAD = "AutoModelForImageClassification"
+
 
 def _named(value: object) -> object:
     """A model without a name is what its keys belong to; a `Cnn` where they say nothing."""
@@ -61,9 +63,7 @@ class ImageModels:
         self._class_weights = class_weights
         channels, height, width = shape
         settings = {"image_size": height if height == width else [height, width], "num_channels": channels}
-        self._transformers = Transformers(
-            options, "AutoModelForImageClassification", label_names, settings, class_weights
-        )
+        self._transformers = Transformers(options, IMAGE_HEAD, label_names, settings, class_weights)
         for key, model in chosen_models(options).items():
             if isinstance(model, CnnOptions):
                 try:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fedkd_flwr.core.protocols import Batch
 from fedkd_flwr.tasks.base import ModelsOptions, TensorExamples
 from fedkd_flwr.tasks.cnn import ImageShape
+from fedkd_flwr.tasks.data_notes import image_digests
 from fedkd_flwr.tasks.partition import Rows
 from fedkd_flwr.tasks.source import require_column
 
@@ -97,6 +98,7 @@ class Images:
             which differs between the processes of a run.
 
     Attributes:
+        split: what it is called, such as "train[:80%]".
         missing: mask of [rows], those without an image.
         unreadable: mask of [rows], those whose image is damaged, or none at all.
         wide: mask of [rows], those whose image has pixels of 32 bits, which can't be made bytes.
@@ -118,7 +120,7 @@ class Images:
             ) from error
         self._column = column
         self._decode = Image().decode_example
-        self._split = str(table.split)
+        self.split = str(table.split)
         self._options = options
         self._folder = folder
         self._sizes = _sizes(self._encoded, column, folder, table._fingerprint)
@@ -129,6 +131,10 @@ class Images:
     def __len__(self) -> int:
         """Number of rows."""
         return len(self._sizes)
+
+    def digests(self) -> Rows:
+        """A number for each image, the same for images of the same bytes: [rows]."""
+        return image_digests(self._encoded, self._column, lambda value: _located(value, self._folder))
 
     def shape_of(self, row: int) -> ImageShape:
         """Of a row's image, once it is converted and resized."""
@@ -178,7 +184,7 @@ class Images:
             image = _of_bytes(self._decode(_located(encoded, self._folder))).convert(MODES[self._options.channels])
         except Exception as error:  # each file format has its own
             raise ValueError(
-                f"{KEY}: the image of row {row} of split {self._split!r} can't be read "
+                f"{KEY}: the image of row {row} of split {self.split!r} can't be read "
                 f"({type(error).__name__}); remove or replace it"
             ) from error
         if (side := self._options.image_size) is not None:
@@ -187,7 +193,7 @@ class Images:
 
     def _refuse(self, row: int, got: tuple[int, ...], shape: ImageShape) -> None:
         raise ValueError(
-            f"task.image_size: images differ in size: row {row} of split {self._split!r} is {got[2]}x{got[1]} pixels, "
+            f"task.image_size: images differ in size: row {row} of split {self.split!r} is {got[2]}x{got[1]} pixels, "
             f"the first training image {shape[2]}x{shape[1]}; set image_size to resize them"
         )
 

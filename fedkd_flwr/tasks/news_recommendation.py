@@ -18,11 +18,12 @@ from fedkd_flwr.core.protocols import Batch, DataReport, Examples, Models, Outpu
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import TableTask, copy_shared_tensors
 from fedkd_flwr.tasks.impressions import Articles, ImpressionExamples, Ragged
+from fedkd_flwr.tasks.labels import Labels
 from fedkd_flwr.tasks.news import NewsData, read_impressions, read_news
 from fedkd_flwr.tasks.partition import IidPartition, NaturalPartition, OwnPartition, Rows, SizePartition
 from fedkd_flwr.tasks.recommender import NewsRecommender, require_text_encoder, save_recommender, score
 from fedkd_flwr.tasks.scores import EVALUATION_BATCH, ranking_scores
-from fedkd_flwr.tasks.table import ClientRows, Labels, load_tables
+from fedkd_flwr.tasks.table import ClientRows, load_tables
 from fedkd_flwr.tasks.text import ENCODED_BYTES, TextTaskOptions, require_positions, require_vocabulary
 from fedkd_flwr.tasks.transformer import Transformers, as_tokens, show_attentions
 

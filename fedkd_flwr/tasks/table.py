@@ -1,8 +1,6 @@
-"""A table with two splits, divided among clients: its classes, the rows that can be used, and who has which."""
+"""A table with two splits, divided among clients: the rows that can be used, and who has which."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import isnan
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -11,6 +9,8 @@ from torch import Tensor, float32, tensor
 
 from fedkd_flwr.core.protocols import DataElsewhereError, DataReport
 from fedkd_flwr.core.seeds import derive_seed
+from fedkd_flwr.tasks.data_notes import class_notes
+from fedkd_flwr.tasks.labels import Labels
 from fedkd_flwr.tasks.partition import (
     AnyPartition,
     NaturalPartition,
@@ -30,9 +30,6 @@ from fedkd_flwr.tasks.source import DataSource, column_values
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MISSING = -1  # in the place of a label that a row does not have
-
-_NAMED_CLASSES = 5  # in a note about more
 _NO_ROWS = np.zeros(0, np.int64)
 
 
@@ -52,126 +49,6 @@ ClassWeights = Annotated[
     Literal["balanced"] | tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] | None,
     WrapValidator(_checked_weights),
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """The classes of a table, and the class of each row of both splits, `MISSING` where a row has none."""
-
-    names: tuple[str, ...]
-    train: Rows
-    test: Rows
-
-
-def read_labels(
-    train: "Dataset", test: "Dataset", column: str, names: Sequence[str] | None, *, renamed: bool = True
-) -> Labels:
-    """The label of each row, from a column of whole numbers, of texts, or of the library's ClassLabel.
-
-    Where names are numbers, as those of grades are, a whole number is the class of that name, so that it makes no
-    difference whether a file holds text or numbers; else it is a class's place in the order, from 0. A truth value is
-    the class called true or false, if there is one, else 1 or 0.
-
-    Args:
-        train: the training split.
-        test: the test split.
-        column: holds the labels.
-        names: of the classes, in order; None takes those that the table names, or that the training split has. The
-            names of a ClassLabel may be put into another order; other names take the place of its own, one by one.
-        renamed: whether they may. Where a node brings its data, its names must be among them instead, truth values
-            included.
-
-    Raises:
-        ValueError: if the column is something else, or a label is none of the classes.
-    """
-    of_train, of_test = (
-        [_whole(value) for value in column_values(table, column, "task.data.columns.label")] for table in (train, test)
-    )
-    classes = tuple(names) if names is not None else _classes(train.features[column], of_train, column)
-    if len(classes) < 2:
-        raise ValueError(f"task.data.columns.label: {column!r} has one class only; name another column")
-    if twice := [name for name in classes if classes.count(name) > 1]:
-        raise ValueError(f"task.label_names: names {twice[0]!r} twice; give each class a name of its own")
-    own = getattr(train.features[column], "names", None)
-    if own is not None and not renamed and (unknown := sorted(set(own) - set(classes))):
-        raise ValueError(
-            f"task.data.columns.label: {column!r} has the class {unknown[0]!r}; task.label_names has "
-            f"{', '.join(classes)}; rename it, or map it to one of them"
-        )
-    if own is not None and tuple(own) != classes and (set(own) == set(classes) or not renamed):
-        of_train, of_test = ([_named(value, own) for value in values] for values in (of_train, of_test))
-    if own is None:
-        of_train, of_test = (_by_name(values, classes, column, renamed) for values in (of_train, of_test))
-    of_both = ((of_train, train), (of_test, test))
-    return Labels(classes, *(_indices(values, classes, column, str(table.split)) for values, table in of_both))
-
-
-def _whole(value: Any) -> Any:
-    """A label as it was before a table with empty cells made floating-point numbers of whole ones."""
-    if not isinstance(value, float):
-        return value
-    return None if isnan(value) else int(value) if value.is_integer() else value
-
-
-def _named(value: Any, names: Sequence[str]) -> Any:
-    """A number of a ClassLabel by its name; what is none of them stays, and is refused later."""
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
-
-
-def _by_name(values: Sequence[Any], classes: Sequence[str], column: str, renamed: bool) -> list[Any]:
-    """Numbers and truth values by the names that they have among the classes; all else, and other numbers, as it is."""
-    numbers = {name for place, name in enumerate(classes) if name.isdecimal() and name != str(place)}
-    truths = {name.casefold(): name for name in classes}
-    all_numbers = all(name.isdecimal() for name in classes)
-    named = []
-    for value in values:
-        if isinstance(value, bool):
-            if str(value).casefold() not in truths and not renamed:
-                raise ValueError(
-                    f"task.data.columns.label: {column!r} has the truth value {value}; task.label_names has "
-                    f"{', '.join(classes)}; store these names, or numbers from 0 in this order"
-                )
-            named.append(truths.get(str(value).casefold(), int(value)))
-        elif isinstance(value, int) and numbers:
-            if not all_numbers and str(value) in numbers:
-                raise ValueError(
-                    f"task.data.columns.label: {column!r} has {value}, which may be the class called {value} or the "
-                    f"class in place {value} of {', '.join(classes)}; name all classes by numbers, or none"
-                )
-            named.append(str(value) if all_numbers else value)
-        else:
-            named.append(value)
-    return named
-
-
-def _classes(feature: Any, values: Sequence[Any], column: str) -> tuple[str, ...]:
-    if (named := getattr(feature, "names", None)) is not None:
-        return tuple(named)
-    present = [value for value in values if value is not None]
-    if present and all(isinstance(value, str) for value in present):
-        return tuple(sorted(set(present)))
-    if not present or not all(isinstance(value, int) for value in present):
-        raise ValueError(
-            f"task.data.columns.label: {column!r} must hold whole numbers from 0, or texts, its type is {feature}; "
-            "name another column"
-        )
-    return tuple(str(label) for label in range(int(max(present)) + 1))
-
-
-def _indices(values: Sequence[Any], classes: tuple[str, ...], column: str, split: str) -> Rows:
-    numbers: dict[Any, int] = {name: label for label, name in enumerate(classes)}
-    indices = np.empty(len(values), np.int64)
-    for row, value in enumerate(values):
-        label = MISSING if value is None else numbers.get(value, value) if isinstance(value, str) else value
-        if value is not None and not (isinstance(label, int) and 0 <= label < len(classes)):
-            known = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-            raise ValueError(
-                f"task.data.columns.label: {column!r} has {value!r} in row {row} of split {split!r}; "
-                f"labels must be 0 to {len(classes) - 1} or one of {known}; "
-                "set task.label_names, or name another column or split"
-            )
-        indices[row] = label
-    return indices
 
 
 def class_weights(chosen: ClassWeights, labels: Rows, num_classes: int) -> Tensor | None:
@@ -268,6 +145,8 @@ class ClientRows:
         test_fraction: float,
     ) -> None:
         self._seed = seed
+        self._usable_test = usable[1]
+        self._splits = (str(tables[0].split), str(tables[1].split))
         self._fraction = test_fraction
         self._elsewhere = isinstance(partition, OwnPartition)
         self._divided = not isinstance(partition, OwnPartition | WholePartition)
@@ -329,15 +208,23 @@ class ClientRows:
         """Whether a client's own test rows are of the test split."""
         return bool(len(self._test[client]))
 
-    def report(self, labels: Labels, notes: Sequence[str]) -> DataReport:
-        """How the labels of the training split lie among the clients, and which classes lack any; see `DataReport`."""
+    def report(self, labels: Labels, notes: Sequence[str], remedy: str = "task.class_weights") -> DataReport:
+        """How the labels of the training split lie among the clients, and what is odd about them; see `DataReport`.
+
+        Args:
+            labels: of the table.
+            notes: on its rows, which come first.
+            remedy: the options to look at where one class has nearly all rows.
+        """
         # A node's own data stands for each client: it is counted once.
         distinct = {id(rows): rows for rows in self.train}
         of_each = label_counts(labels.train, [rows.tolist() for rows in distinct.values()], len(labels.names))
         counted = dict(zip(distinct, of_each, strict=True))
         counts = tuple(counted[id(rows)] for rows in self.train)
         if not self._elsewhere:
-            notes = (*notes, *_class_notes(labels.names, counts), *client_notes(counts))
+            mine = np.concatenate(list(distinct.values()))
+            of_classes = class_notes(labels, (mine, self._usable_test), self._splits, remedy)
+            notes = (*labels.notes, *notes, *of_classes, *client_notes(counts))
         return DataReport(labels.names, counts, tuple(notes), of_all=self._divided)
 
 
@@ -351,18 +238,3 @@ def _origins(tables: "tuple[Dataset, Dataset]", column: str) -> tuple[list[Any],
 def _taken(rows: Rows, places: Sequence[Sequence[int]]) -> list[Rows]:
     """Of some rows, those at each client's places."""
     return [rows[np.array(of_client, np.int64)] for of_client in places]
-
-
-def _class_notes(names: Sequence[str], counts: Sequence[Sequence[int]]) -> tuple[str, ...]:
-    """Which classes nobody can learn, in one line; empty where there is none.
-
-    Args:
-        names: of the classes.
-        counts: labels of each class of each client.
-    """
-    empty = [repr(name) for name, of_class in zip(names, zip(*counts, strict=True), strict=True) if not any(of_class)]
-    if not empty:
-        return ()
-    more = f" and {len(empty) - _NAMED_CLASSES} more" if len(empty) > _NAMED_CLASSES else ""
-    who = f"class {empty[0]} has" if len(empty) == 1 else f"classes {', '.join(empty[:_NAMED_CLASSES])}{more} have"
-    return (f"{who} no training examples",)

@@ -1,6 +1,7 @@
 """Texts, or pairs of texts, with one label each: any data set of the Hub or local files, any Hugging Face model."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -10,15 +11,23 @@ from torch import nn
 
 from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import DataReport, Examples, PublicExamples
+from fedkd_flwr.tasks.class_names import ClassName, LabelNames, chosen_class
+from fedkd_flwr.tasks.classification_head import head_notes
+from fedkd_flwr.tasks.data_notes import digests, repeated_notes
+from fedkd_flwr.tasks.labels import read_labels
 from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition, WholePartition
 from fedkd_flwr.tasks.public import PublicRows, PublicTextOptions, held_out
 from fedkd_flwr.tasks.scores import classification_scores, predict
 from fedkd_flwr.tasks.source import DataSource, column_values, require_text
-from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables, read_labels
+from fedkd_flwr.tasks.stored_names import stored_names
+from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables
 from fedkd_flwr.tasks.text import TextTask, TextTaskOptions, TokenExamples, by_length, inputs_of, read_sequences
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+TEXT_HEAD = "AutoModelForSequenceClassification"
 
 
 class TextColumns(BaseModel, extra="forbid", frozen=True):
@@ -53,8 +62,8 @@ class TextClassificationOptions(TextTaskOptions):
 
     name: Literal["text_classification"] = "text_classification"
     data: TextData
-    label_names: tuple[str, ...] | None = Field(None, min_length=2)
-    positive_label: str | int | None = None
+    label_names: LabelNames | None = Field(None, min_length=2)
+    positive_label: ClassName = None
     class_weights: ClassWeights = None
     partition: TablePartition = IidPartition()
     client_test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -73,9 +82,15 @@ class TextClassification(TextTask):
         self._columns = columns = options.data.columns
         tables = dict(zip(("train", "test"), load_tables(options.data, options.partition), strict=True))
         renamed = not isinstance(options.partition, WholePartition)
-        labels = read_labels(tables["train"], tables["test"], columns.label, options.label_names, renamed=renamed)
+        train, test = tables.values()
+        key = "task.data.columns.label"
+        stored = (
+            stored_names(options.data, train, columns.label, key),
+            stored_names(options.data, test, columns.label, key),
+        )
+        labels = read_labels(train, test, columns.label, options.label_names, renamed=renamed, stored=stored)
         self._labels = {"train": labels.train, "test": labels.test}
-        self._positive = _positive(options.positive_label, labels.names)
+        self._positive = chosen_class(options.positive_label, labels.names, "task.positive_label")
         usable, notes = _usable(tables, self._labels, columns)
         self._public: tuple[Dataset, Rows] | None = None
         if options.public is not None and options.public.source is None:
@@ -91,18 +106,34 @@ class TextClassification(TextTask):
             options.client_test_fraction,
         )
         weights = class_weights(options.class_weights, labels.train[usable["train"]], len(labels.names))
-        super().__init__(
-            options, "AutoModelForSequenceClassification", tables, usable["test"], rows, labels.names, weights
-        )
+        super().__init__(options, TEXT_HEAD, tables, usable["test"], rows, labels.names, weights)
         if self._public is not None:
             self._public = self._tables["train"], self._public[1]
         elif options.public is not None:
             self._public = self._read_public(options.public, seed)
-        self._report = rows.report(labels, (*notes, *self._cut_off(usable)))
+        self._labels_read, self._usable, self._notes = labels, usable, notes
+        self._texts = tables  # before they were encoded
 
     def data_report(self) -> DataReport:
-        """Labels of each client, and what was left out or cut off."""
+        """Labels of each client, what was left out or cut off, and what is odd about the rows."""
         return self._report
+
+    @cached_property
+    def _report(self) -> DataReport:
+        heads = head_notes(self._options, TEXT_HEAD, self._label_names)
+        notes = (*self._notes, *self._cut_off(self._usable), *self._repeated(), *heads)
+        return self._rows.report(self._labels_read, notes, "task.positive_label and task.class_weights")
+
+    def _repeated(self) -> tuple[str, ...]:
+        train, test = self._texts.values()
+        if train is test:
+            return ()
+        columns = [name for name in (self._columns.text, self._columns.text_pair) if name]
+        rows = []
+        for split, table in self._texts.items():
+            texts = zip(*(column_values(table, name, "task.data.columns") for name in columns), strict=True)
+            rows.append(digests(texts)[self._usable[split]])
+        return repeated_notes(rows[0], rows[1], (str(train.split), str(test.split)))
 
     def public_examples(self) -> PublicExamples | None:
         """Texts of the training split that no client has, or of another table."""
@@ -179,14 +210,3 @@ def _empty(table: "Dataset", columns: TextColumns, key: str) -> dict[str, Any]:
             texts = column_values(table, column, f"{key}.{name}")
             reasons[reason] = np.array([not (text and text.strip()) for text in texts], bool)
     return reasons
-
-
-def _positive(chosen: str | int | None, names: tuple[str, ...]) -> int | None:
-    if chosen is None:
-        return None
-    label = names.index(chosen) if chosen in names else chosen
-    if not isinstance(label, int) or not 0 <= label < len(names):
-        raise ValueError(
-            f"task.positive_label: must be one of {', '.join(names)}, or 0 to {len(names) - 1}, got {chosen!r}"
-        )
-    return label

@@ -7,6 +7,7 @@ out of all.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,16 +18,30 @@ from torch import nn
 from fedkd_flwr.core.losses import NO_LABEL
 from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import DataReport, Examples
+from fedkd_flwr.tasks.class_names import LabelNames, near_equal_notes
+from fedkd_flwr.tasks.classification_head import head_notes
+from fedkd_flwr.tasks.data_notes import digests, lacking_notes, repeated_notes
 from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition, client_notes
-from fedkd_flwr.tasks.scores import entity_scores, entity_spans, predict
+from fedkd_flwr.tasks.scores import entity_scores, predict
 from fedkd_flwr.tasks.source import DataSource, column_values, require_column
+from fedkd_flwr.tasks.stored_names import stored_names
 from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables
+from fedkd_flwr.tasks.tags import (
+    OUTSIDE,
+    entity_counts,
+    names_in_iob2,
+    require_iob2,
+    rows_in_iob2,
+    tag_indices,
+    tag_names,
+    tag_texts,
+)
 from fedkd_flwr.tasks.text import TextTask, TextTaskOptions, TokenExamples, by_length, inputs_of, read_sequences
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-OUTSIDE = "O"
+TOKEN_HEAD = "AutoModelForTokenClassification"
 WORDS = "words"  # column of the encoded table: for each piece, the word that begins with it, -1 where none does
 
 
@@ -48,7 +63,8 @@ class TokenClassificationOptions(TextTaskOptions):
 
     Attributes:
         data: the sentences.
-        label_names: the tags in order, in IOB2 and with "O"; null takes those that the data names or has.
+        label_names: the tags in order, with "O", in IOB2 or a scheme that is read as IOB2; null takes those that the
+            data names or has.
         class_weights: how much each tag counts in the task loss: "balanced" by the training split's counts, one number
             for each tag, or null for all alike.
         partition: how the training split is divided. A partition by label goes by the type of entity that a sentence
@@ -59,7 +75,7 @@ class TokenClassificationOptions(TextTaskOptions):
 
     name: Literal["token_classification"] = "token_classification"
     data: TokenData
-    label_names: tuple[str, ...] | None = Field(None, min_length=2)
+    label_names: LabelNames | None = Field(None, min_length=2)
     class_weights: ClassWeights = None
     partition: TablePartition = IidPartition()
     client_test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -109,22 +125,30 @@ class TokenClassification(TextTask):
         tables = dict(zip(("train", "test"), load_tables(options.data, options.partition), strict=True))
         usable: dict[str, Rows] = {}
         notes: list[str] = []
+        repeated: list[Rows] = []
         tags: dict[str, list[list[Any] | None]] = {}
+        chosen = None if options.label_names is None else names_in_iob2(options.label_names)
+        begins = (lambda kind: True) if chosen is None else (lambda kind: f"B-{kind}" in chosen)
         for split, table in tables.items():
             words = _words(table, columns.tokens)
-            tags[split] = _tag_texts(table, columns.tags)
+            stored = stored_names(options.data, table, columns.tags, "task.data.columns.tags")
+            found = tag_texts(table, columns.tags, stored, options.label_names)
+            tags[split], scheme = rows_in_iob2(found, begins)
             usable[split], noted = left_out(str(table.split), _reasons(words, tags[split]), len(table))
             notes.extend(noted)
-        names = options.label_names or _tag_names(tags["train"], usable["train"])
-        _require_iob2(names)
+            if scheme is not None:
+                notes.append(f"split {str(table.split)!r}: tags are in {scheme} and read as IOB2")
+            repeated.append(digests(tuple(row or ()) for row in words)[usable[split]])
+        names = chosen or tag_names(tags["train"], usable["train"])
+        require_iob2(names, "task.label_names" if chosen else "task.data.columns.tags")
         if len(names) < 2:
             raise ValueError(f"task.data.columns.tags: {columns.tags!r} has no entities; name another column")
         self._tags = {
-            split: _indices(tags[split], usable[split], names, columns.tags, str(table.split))
+            split: tag_indices(tags[split], usable[split], names, columns.tags, str(table.split))
             for split, table in tables.items()
         }
         kinds = sorted({name.partition("-")[2] for name in names} - {""})
-        entities = _entity_counts(self._tags["train"], names, kinds)
+        entities = entity_counts(self._tags["train"], names, kinds)
         rows = ClientRows(
             (tables["train"], tables["test"]),
             (usable["train"], usable["test"]),
@@ -136,14 +160,26 @@ class TokenClassification(TextTask):
             options.client_test_fraction,
         )
         weights = class_weights(options.class_weights, np.concatenate(self._tags["train"]), len(names))
-        super().__init__(options, "AutoModelForTokenClassification", tables, usable["test"], rows, names, weights)
+        super().__init__(options, TOKEN_HEAD, tables, usable["test"], rows, names, weights)
         self._example_labels = torch.zeros((1, 2), dtype=torch.int64)
         counts = tuple(tuple(int(n) for n in entities[mine].sum(axis=0)) for mine in rows.train)
-        self._report = DataReport(tuple(kinds), counts, (*notes, *self._cut_off(usable), *client_notes(counts)))
+        self._kinds, self._counts = tuple(kinds), counts
+        splits = str(tables["train"].split), str(tables["test"].split)
+        if tables["train"] is not tables["test"]:
+            test_entities = entity_counts([self._tags["test"][row] for row in usable["test"]], names, kinds)
+            of_splits = np.array(counts).reshape(-1, len(kinds)).sum(axis=0), test_entities.sum(axis=0)
+            notes.extend(lacking_notes(kinds, *of_splits, splits, "type"))
+            notes.extend(repeated_notes(repeated[0], repeated[1], splits))
+        self._notes = (*notes, *near_equal_notes(kinds), *self._cut_off(usable), *client_notes(counts))
 
     def data_report(self) -> DataReport:
-        """Entities of each type on each client, and what was left out or cut off."""
+        """Entities of each type on each client, what was left out or cut off, and what is odd about the rows."""
         return self._report
+
+    @cached_property
+    def _report(self) -> DataReport:
+        heads = head_notes(self._options, TOKEN_HEAD, self._label_names)
+        return DataReport(self._kinds, self._counts, (*self._notes, *heads))
 
     def predict(self, model: nn.Module, examples: Examples) -> Predictions:
         """Log-probabilities of the tags of each sentence's words, as far as `max_length` lets them in."""
@@ -239,22 +275,6 @@ def _words(table: "Dataset", column: str) -> list[Any]:
     return column_values(table, column, key)
 
 
-def _tag_texts(table: "Dataset", column: str) -> list[list[Any] | None]:
-    """Tags of each row, by the names that the table gives to numbers where it does."""
-    values = column_values(table, column, "task.data.columns.tags")
-    feature = table.features[column]
-    inner = getattr(feature, "feature", None)
-    if inner is None or isinstance(inner, dict) or hasattr(inner, "feature"):  # no lists, or lists of what is no tag
-        raise ValueError(
-            f"task.data.columns.tags: {column!r} of split {str(table.split)!r} must hold a list of tags in every row, "
-            f"its type is {feature}; name another column"
-        )
-    if (names := getattr(inner, "names", None)) is None:
-        return values
-    named = dict(enumerate(names))
-    return [None if row is None else [named.get(tag, tag) for tag in row] for row in values]
-
-
 def _reasons(words: Sequence[Any], tags: Sequence[Any]) -> dict[str, Rows]:
     """Why rows can't be used: each reason with a mask of [rows]."""
     return {
@@ -264,53 +284,3 @@ def _reasons(words: Sequence[Any], tags: Sequence[Any]) -> dict[str, Rows]:
         ),
         "have a word without a tag": np.array([None in (of_row or ()) for of_row in tags], bool),
     }
-
-
-def _tag_names(tags: Sequence[Any], usable: Rows) -> tuple[str, ...]:
-    """The tags that occur: "O" first, then by type, B- before I-; numbers can't be told apart without names."""
-    present = {tag for row in usable.tolist() for tag in tags[row]}
-    if numbers := [tag for tag in present if not isinstance(tag, str)]:
-        raise ValueError(
-            f"task.label_names: required, because the tags are numbers such as {numbers[0]}; name them in order, "
-            "as O, B-PER, I-PER"
-        )
-    kinds = sorted({tag.partition("-")[2] for tag in present} - {""})
-    pairs = [f"{prefix}-{kind}" for kind in kinds for prefix in "BI"]
-    return (OUTSIDE, *pairs, *sorted(present - {OUTSIDE, *pairs}))
-
-
-def _require_iob2(names: Sequence[str]) -> None:
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"task.label_names: names {twice[0]!r} twice; give each tag once")
-    wrong = [name for name in names if name != OUTSIDE and (name[:2] not in ("B-", "I-") or len(name) < 3)]
-    if wrong or OUTSIDE not in names:
-        got = repr(wrong[0]) if wrong else "no 'O'"
-        raise ValueError(
-            f"task.label_names: tags must be 'O', 'B-...' and 'I-...' (IOB2), got {got}; name another column, or "
-            "set label_names"
-        )
-
-
-def _indices(tags: Sequence[Any], usable: Rows, names: Sequence[str], column: str, split: str) -> list[Rows]:
-    """Tags of each row as numbers, [words]; empty for a row that can't be used."""
-    numbers: dict[Any, int] = {name: label for label, name in enumerate(names)}
-    found = [np.zeros(0, np.int64)] * len(tags)
-    for row in usable.tolist():
-        known = [numbers.get(tag, tag) if isinstance(tag, str) else tag for tag in tags[row]]
-        for tag in known:
-            if not isinstance(tag, int) or not 0 <= tag < len(names):
-                raise ValueError(
-                    f"task.data.columns.tags: {column!r} has {tag!r} in row {row} of split {split!r}, which is none "
-                    f"of {', '.join(names)}; set task.label_names, or correct the row"
-                )
-        found[row] = np.array(known, np.int64)
-    return found
-
-
-def _entity_counts(tags: Sequence[Rows], names: Sequence[str], kinds: Sequence[str]) -> Rows:
-    """Entities of each type in each row: [rows, types]."""
-    counts = np.zeros((len(tags), len(kinds)), np.int64)
-    for row, of_words in enumerate(tags):
-        for _, _, kind in entity_spans([names[tag] for tag in of_words]):
-            counts[row, kinds.index(kind)] += 1
-    return counts

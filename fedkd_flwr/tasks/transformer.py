@@ -20,6 +20,7 @@ from fedkd_flwr.core.protocols import Batch, Models, Outputs
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import ClientsTeacher, ModelsOptions, copy_shared_tensors, save_pretrained
 from fedkd_flwr.tasks.checkpoint_config import checkpoint_width
+from fedkd_flwr.tasks.classification_head import checkpoint_head, fit_head
 from fedkd_flwr.tasks.source import absolute_if_local, reason_of
 
 Load = Callable[[Any, str], nn.Module]
@@ -166,7 +167,10 @@ class Transformers:
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
         if not names:
             labels = {}  # an encoder alone: empty ones would leave its config without the library's own
-        return load_transformer(options, self._head, labels, self._settings, key)
+        model = load_transformer(options, self._head, labels, self._settings, key)
+        if names and options.source is not None:
+            fit_head(model, checkpoint_head(options.source, options.revision).classes, names, key)
+        return model
 
     def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
         """Run a model on a batch; "labels" stays outside."""

@@ -304,7 +304,7 @@ def test_relative_paths_start_at_the_tables_folder_wherever_a_process_stands(
         for directory in (tmp_path, tmp_path / "data" / "table"):
             monkeypatch.chdir(directory)
             task = build(tmp_path, data=data)
-            assert task.data_report().notes == ()
+            assert not [note for note in task.data_report().notes if "left out" in note]
             found.append(images(task.test_data()))
         assert found[0] == found[1]
 
@@ -330,7 +330,7 @@ def test_a_file_that_is_put_right_is_looked_at_anew(tmp_path: Path) -> None:
             file.unlink()
         else:
             file.write_bytes(content)
-        notes.append(build(tmp_path, data=data).data_report().notes)
+        notes.append([note for note in build(tmp_path, data=data).data_report().notes if "left out" in note])
     assert list(map(len, notes)) == [2, 2, 0]
 
 

@@ -3,9 +3,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Dataset, Features
 from pydantic import TypeAdapter, ValidationError
 
+from fedkd_flwr.tasks.labels import MISSING, Labels
 from fedkd_flwr.tasks.partition import (
     DirichletPartition,
     IidPartition,
@@ -14,139 +15,13 @@ from fedkd_flwr.tasks.partition import (
     SizePartition,
     TablePartition,
 )
-from fedkd_flwr.tasks.table import MISSING, ClassWeights, ClientRows, Labels, class_weights, left_out, read_labels
+from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out
 
 NUM_TRAIN, NUM_TEST = 40, 12
 
 
 def table(split: str, features: Features | None = None, **columns: list[Any]) -> Dataset:
     return Dataset.from_dict(columns, features=features, split=split)
-
-
-def labels_of(
-    train: list[Any], test: list[Any], names: tuple[str, ...] | None = None, features: Features | None = None
-) -> Labels:
-    return read_labels(table("train", features, label=train), table("test[:50%]", features, label=test), "label", names)
-
-
-def read(train: list[Any], test: list[Any], *rest: Any) -> tuple[tuple[str, ...], list[int], list[int]]:
-    labels = labels_of(train, test, *rest)
-    return labels.names, labels.train.tolist(), labels.test.tolist()
-
-
-def refusal(*arguments: Any) -> str:
-    with pytest.raises(ValueError) as caught:
-        labels_of(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_whole_numbers_are_the_classes_up_to_the_largest() -> None:
-    assert read([0, 3, 1], [3]) == (("0", "1", "2", "3"), [0, 3, 1], [3])
-
-
-def test_texts_are_classes_in_the_order_of_the_alphabet() -> None:
-    assert read(["b", "c", "a"], ["a", "b"]) == (("a", "b", "c"), [1, 2, 0], [0, 1])
-
-
-def test_the_library_own_labels_bring_their_names() -> None:
-    features = Features({"label": ClassLabel(names=["no", "yes", "perhaps"])})
-    assert read([1, 0], [2], None, features) == (("no", "yes", "perhaps"), [1, 0], [2])
-
-
-def test_truth_values_are_two_classes() -> None:
-    assert read([True, False], [True]) == (("0", "1"), [1, 0], [1])
-
-
-@pytest.mark.parametrize("renamed", [True, False])
-@pytest.mark.parametrize(
-    ("names", "as_text", "otherwise"),
-    [
-        (("1", "2", "3"), ["1", "3", "2"], [1, 3, 2]),
-        (("1", "2", "3"), ["1", "3", "2"], [1.0, 3.0, 2.0]),
-        (("2", "1", "0"), ["2", "0", "1"], [2, 0, 1]),
-        (("True", "False"), ["True", "False", "False"], [True, False, False]),
-        (("true", "false"), ["true", "false", "false"], [True, False, False]),
-    ],
-)
-def test_a_label_is_the_same_class_whether_a_file_holds_text_or_numbers_or_truth_values(
-    names: tuple[str, ...], as_text: list[Any], otherwise: list[Any], renamed: bool
-) -> None:
-    texts, others = table("train", label=as_text), table("train", label=otherwise)
-    expected = [names.index(name) for name in as_text]
-    assert read_labels(texts, texts, "label", names, renamed=renamed).train.tolist() == expected
-    assert read_labels(others, others, "label", names, renamed=renamed).train.tolist() == expected
-
-
-def test_a_number_that_may_be_a_name_or_a_place_is_refused() -> None:
-    text = refusal([0, 1], [0], ("none", "2", "1"))
-    assert "'label' has 1, which may be the class called 1 or the class in place 1 of none, 2, 1;" in text
-    assert read([0, 3], [0], ("none", "2", "1", "more")) == (("none", "2", "1", "more"), [0, 3], [0])
-
-
-def test_a_number_that_is_no_name_where_all_names_are_numbers_is_refused() -> None:
-    assert "'0' in row 0 of split 'train'" in refusal([0, 1], [1], ("1", "2"))
-
-
-def test_truth_values_of_a_node_are_refused_where_no_class_is_called_so() -> None:
-    rows = table("train", label=[True, False])
-    with pytest.raises(ValueError, match=r"has the truth value True; task\.label_names has yes, no; store"):
-        read_labels(rows, rows, "label", ("yes", "no"), renamed=False)
-
-
-@pytest.mark.parametrize(("train", "test"), [([1, 0], [1]), (["y", "x"], ["y"]), ([1.0, 0.0], [1.0])])
-def test_names_that_are_given_order_texts_and_name_numbers(train: list[Any], test: list[Any]) -> None:
-    assert read(train, test, ("x", "y")) == (("x", "y"), [1, 0], [1])
-
-
-def test_names_may_include_a_class_that_the_training_split_lacks() -> None:
-    assert read(["b"], ["a", "c"], ("c", "b", "a")) == (("c", "b", "a"), [1], [2, 0])
-
-
-@pytest.mark.parametrize("rows", [[0, None, 1], ["a", None, "b"], [0.0, None, 1.0], [0.0, float("nan"), 1.0]])
-def test_a_missing_label_is_marked(rows: list[Any]) -> None:
-    assert read(rows, rows)[1:] == ([0, MISSING, 1], [0, MISSING, 1])
-
-
-@pytest.mark.parametrize(
-    ("train", "test", "names", "culprit"),
-    [
-        ([0, 1], [2], None, "2 in row 0 of split 'test[:50%]'"),
-        ([0, -1, 1], [0], None, "-1 in row 1 of split 'train'"),
-        (["a", "b"], ["a", "c"], None, "'c' in row 1 of split 'test[:50%]'"),
-        ([0, 1, 2], [0], ("x", "y"), "2 in row 2 of split 'train'"),
-        (["x", "z"], ["x"], ("x", "y"), "'z' in row 1 of split 'train'"),
-        ([0.5, 1.0], [1.0], ("x", "y"), "0.5 in row 0 of split 'train'"),
-    ],
-)
-def test_a_label_that_is_no_class_is_an_error_with_its_row(
-    train: list[Any], test: list[Any], names: tuple[str, ...] | None, culprit: str
-) -> None:
-    text = refusal(train, test, names)
-    assert text.startswith(f"task.data.columns.label: 'label' has {culprit}; labels must be 0 to ")
-    assert text.endswith("; set task.label_names, or name another column or split")
-
-
-def test_many_classes_are_not_all_listed() -> None:
-    assert "a, b, c, d, e, f, g, h, ...;" in refusal([*"abcdefghij"], ["z"])
-
-
-@pytest.mark.parametrize("rows", [[0.5, 1.5], [None, None], [[0], [1]]])
-def test_labels_that_are_neither_numbers_nor_texts_are_refused(rows: list[Any]) -> None:
-    assert refusal(rows, rows).startswith("task.data.columns.label: 'label' must hold whole numbers from 0, or texts")
-
-
-def test_one_class_alone_can_not_be_learned() -> None:
-    assert refusal(["a", "a"], ["a"]) == "task.data.columns.label: 'label' has one class only; name another column"
-
-
-def test_two_classes_of_one_name_are_refused() -> None:
-    assert refusal([0, 1], [0], ("a", "a")).startswith("task.label_names: names 'a' twice")
-
-
-def test_a_column_that_one_split_lacks_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"task.data.columns.label: split 'test' has no column 'label'; columns: text"):
-        read_labels(table("train", label=[0, 1]), table("test", text=["a"]), "label", None)
 
 
 def test_weights_that_balance_give_every_class_the_same_weight_in_all() -> None:
@@ -332,8 +207,8 @@ def test_a_client_needs_something_to_score_on() -> None:
 
 
 def test_a_report_counts_the_labels_of_each_client_and_names_who_has_one_class() -> None:
-    labels = labels_of(LABELS.tolist(), [0, 1], ("a", "b", "c", "d"))
     rows = client_rows(PathologicalPartition(classes_per_client=1))
+    labels = Labels(("a", "b", "c", "d"), LABELS, np.arange(NUM_TEST) % 4)
     report = rows.report(labels, ["a note"])
     assert report.label_names == ("a", "b", "c", "d")
     assert np.array(report.label_counts).sum(axis=0).tolist() == [10, 8, 10, 10]  # rows 5 and 17 are of class b
@@ -352,18 +227,8 @@ def test_a_report_counts_the_labels_of_each_client_and_names_who_has_one_class()
     ],
 )
 def test_a_report_names_classes_without_training_examples(first: int, note: str | None) -> None:
-    labels = labels_of((LABELS + first).tolist(), [first])
+    names = tuple(map(str, range(first + 4)))
+    labels = Labels(names, LABELS + first, np.arange(NUM_TEST) % 4 + first)
     report = client_rows(IidPartition()).report(labels, [])
     assert report.notes == ((note,) if note else ())
-    assert len(report.label_names) == first + 4
-
-
-def test_integers_of_any_width_are_labels() -> None:
-    assert read([0, 1], [1], None, Features({"label": Value("int8")})) == (("0", "1"), [0, 1], [1])
-
-
-def test_names_of_a_class_label_may_be_given_in_another_order_and_keep_their_rows() -> None:
-    features = Features({"label": ClassLabel(names=["neg", "pos"])})
-    table = Dataset.from_dict({"label": [0, 1, 1]}, features=features)
-    assert read_labels(table, table, "label", ["pos", "neg"]).train.tolist() == [1, 0, 0]
-    assert read_labels(table, table, "label", ["bad", "good"]).train.tolist() == [0, 1, 1]
+    assert report.label_names == names
