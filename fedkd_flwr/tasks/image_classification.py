@@ -27,10 +27,10 @@ from fedkd_flwr.tasks.image_models import (
     OtherImageTeacher,
     chosen_models,
 )
-from fedkd_flwr.tasks.images import DECODED_BYTES, ImageExamples, Images, ImageTaskOptions, image_column
+from fedkd_flwr.tasks.images import DECODED_BYTES, ImageExamples, Images, ImageTaskOptions, image_column, most_pixels
 from fedkd_flwr.tasks.labels import read_labels
 from fedkd_flwr.tasks.partition import IidPartition, OwnPartition, Rows, TablePartition, WholePartition
-from fedkd_flwr.tasks.public import PublicImageOptions, PublicRows, held_out
+from fedkd_flwr.tasks.public import PublicImageOptions, PublicRows, held_out, public_notes
 from fedkd_flwr.tasks.scores import classification_scores, predict
 from fedkd_flwr.tasks.source import DataSource
 from fedkd_flwr.tasks.stored_names import stored_names
@@ -129,7 +129,8 @@ class ImageClassification(TableTask):
             self._public = self._train, held
         self._shape = self._train.shape_of(int(train_rows[0]))
         if options.public is not None and self._public is None:
-            self._public = _read_public(options, options.public, self._shape, seed)
+            images, chosen, of_public = _read_public(options, options.public, self._shape, seed)
+            self._public, train_notes = (images, chosen), (*train_notes, *of_public)
         self._train.require_shape(train_rows, self._shape)
         self._test.require_shape(test_rows, self._shape)
         rows = ClientRows(
@@ -247,26 +248,28 @@ def _folder_of(source: str) -> Path | None:
 
 def _read_public(
     options: ImageClassificationOptions, public: PublicImageOptions, shape: ImageShape, seed: int
-) -> tuple[Images, Rows]:
-    """Images of another table, and the rows of it that are used."""
+) -> tuple[Images, Rows, tuple[str, ...]]:
+    """Images of another table, the rows of it that are used, and notes on the others."""
     table = public.load()
     try:
         images = Images(table, image_column(table, public.image), options, _folder_of(str(public.source)))
-        usable, _ = left_out(str(table.split), _unreadable(images), len(images))
+        usable, notes = left_out(str(table.split), _unreadable(images), len(images), images.names)
         images.require_shape(usable, shape)
     except ValueError as error:
         raise ValueError(str(error).replace("task.data.columns.image", "task.public.image")) from error
-    return images, held_out(usable, public.num_examples or len(usable), seed)[0]
+    return images, held_out(usable, public.num_examples or len(usable), seed)[0], public_notes(notes)
 
 
 def _unreadable(images: Images) -> dict[str, Any]:
     return {
         "have no image": images.missing,
+        "name an image file that is not there": images.absent,
         "have an image that can't be read": images.unreadable,
+        f"have an image of more than {most_pixels() or 0:,} pixels, the most that are read": images.large,
         "have an image of 32-bit pixels, to be saved with 8 or 16 bits": images.wide,
     }
 
 
 def _usable(split: str, images: Images, labels: Rows) -> tuple[Rows, tuple[str, ...]]:
     reasons = _unreadable(images) | {"have no label": labels < 0}
-    return left_out(split, reasons, len(images))
+    return left_out(split, reasons, len(images), images.names)

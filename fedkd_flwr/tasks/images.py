@@ -21,7 +21,7 @@ from fedkd_flwr.tasks.base import ModelsOptions, TensorExamples
 from fedkd_flwr.tasks.cnn import ImageShape
 from fedkd_flwr.tasks.data_notes import image_digests
 from fedkd_flwr.tasks.partition import Rows
-from fedkd_flwr.tasks.source import require_column
+from fedkd_flwr.tasks.source import RowNames, require_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,9 +31,15 @@ KEY = "task.data.columns.image"
 MODES = {1: "L", 3: "RGB"}  # Pillow's name for images of so many channels
 DECODED_BYTES = 256 * 2**20  # of clients' images that one process keeps
 ROWS_AT_ONCE = 256
-CACHE_FORMAT = 2  # of the sizes on disk; raise it with any change to what they are, or old ones would be read for new
+CACHE_FORMAT = 3  # of the sizes on disk; raise it with any change to what they are, or old ones would be read for new
 
-_MISSING, _UNREADABLE, _WIDE = (-1, -1), (0, 0), (-2, -2)  # in the place of a width and a height
+_MISSING, _UNREADABLE, _WIDE, _LARGE, _ABSENT = (
+    (-1, -1),
+    (0, 0),
+    (-2, -2),
+    (-3, -3),
+    (-4, -4),
+)  # in the place of a width and a height
 _WIDE_MODES = {"I", "F"}  # Pillow's, of 32 bits a pixel: nothing says which of their values is white
 _TRANSPARENT_MODES = {"RGBA", "RGBa", "LA", "PA"}
 
@@ -101,6 +107,8 @@ class Images:
         split: what it is called, such as "train[:80%]".
         missing: mask of [rows], those without an image.
         unreadable: mask of [rows], those whose image is damaged, or none at all.
+        absent: mask of [rows], those whose image is a file that is not there.
+        large: mask of [rows], those whose image has more pixels than are read.
         wide: mask of [rows], those whose image has pixels of 32 bits, which can't be made bytes.
 
     Raises:
@@ -124,9 +132,10 @@ class Images:
         self._options = options
         self._folder = folder
         self._sizes = _sizes(self._encoded, column, folder, table._fingerprint)
-        self.missing, self.unreadable, self.wide = (
-            (self._sizes == of).all(axis=1) for of in (_MISSING, _UNREADABLE, _WIDE)
+        self.missing, self.unreadable, self.wide, self.large, self.absent = (
+            (self._sizes == of).all(axis=1) for of in (_MISSING, _UNREADABLE, _WIDE, _LARGE, _ABSENT)
         )
+        self.names = ImageNames(table, self._encoded, column, folder)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -184,7 +193,7 @@ class Images:
             image = _of_bytes(self._decode(_located(encoded, self._folder))).convert(MODES[self._options.channels])
         except Exception as error:  # each file format has its own
             raise ValueError(
-                f"{KEY}: the image of row {row} of split {self.split!r} can't be read "
+                f"{KEY}: the image of {self.names(row)} (split {self.split!r}) can't be read "
                 f"({type(error).__name__}); remove or replace it"
             ) from error
         if (side := self._options.image_size) is not None:
@@ -193,9 +202,41 @@ class Images:
 
     def _refuse(self, row: int, got: tuple[int, ...], shape: ImageShape) -> None:
         raise ValueError(
-            f"task.image_size: images differ in size: row {row} of split {self.split!r} is {got[2]}x{got[1]} pixels, "
-            f"the first training image {shape[2]}x{shape[1]}; set image_size to resize them"
+            f"task.image_size: images differ in size: {self.names(row)} (split {self.split!r}) is {got[2]}x{got[1]} "
+            f"pixels, the first training image {shape[2]}x{shape[1]}; set image_size to resize them"
         )
+
+
+def most_pixels() -> int | None:
+    """Of an image that is read: Pillow refuses more, which a small file may unpack to; None without a limit."""
+    from PIL import Image
+
+    # Pillow warns from this number on, and refuses from twice that on.
+    return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+
+
+class ImageNames(RowNames):
+    """What rows with images are called: by the image's own file, where it has one.
+
+    Args:
+        table: the split.
+        encoded: its images as they are stored.
+        column: that holds them.
+        folder: that names start at.
+    """
+
+    def __init__(self, table: "Dataset", encoded: "Dataset", column: str, folder: Path | None) -> None:
+        super().__init__(table)
+        self._encoded, self._column, self._folder = encoded, column, folder
+
+    def __call__(self, row: int) -> str:
+        """Of one row."""
+        value = self._encoded[row][self._column]
+        path = None if value is None or value["bytes"] is not None else value["path"]
+        if not path:
+            return super().__call__(row)
+        below = self._folder is not None and Path(path).is_relative_to(self._folder)
+        return f"row {row}, {str(Path(path).relative_to(str(self._folder)) if below else path)!r}"
 
 
 class ImageExamples:
@@ -308,11 +349,17 @@ def _path_from(path: str, folder: Path | None) -> str:
 
 
 def _size(value: Any, decode: Any) -> Size:
-    """Width and height of one image, `_MISSING`, `_UNREADABLE` or `_WIDE`."""
+    """Width and height of one image, or why it has none."""
+    from PIL.Image import DecompressionBombError
+
     if value is None or (value["bytes"] is None and value["path"] is None):
         return _MISSING
+    if value["bytes"] is None and "://" not in value["path"] and not os.path.exists(value["path"]):
+        return _ABSENT
     try:
         size = _size_of_whole(value) or _size_in(decode(value))
+    except DecompressionBombError:
+        return _LARGE
     except Exception:  # each file format has its own
         return _UNREADABLE
     return size
@@ -343,5 +390,7 @@ def _size_of_whole(value: Mapping[str, Any]) -> Size | None:
                 return size
             ends = image.format == "JPEG" and content.endswith(b"\xff\xd9")
             return size if ends and PIL.ExifTags.Base.Orientation not in image.getexif() else None
+    except PIL.Image.DecompressionBombError:
+        return _LARGE
     except Exception:  # as above; the decoder has the last word
         return None

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -16,8 +17,9 @@ from pydantic import BaseModel, Field, model_validator
 
 from fedkd_flwr.tasks.impressions import Articles, Ragged
 from fedkd_flwr.tasks.partition import Rows
-from fedkd_flwr.tasks.source import DataSource, column_values, require_column, require_text
-from fedkd_flwr.tasks.table import left_out
+from fedkd_flwr.tasks.source import DataSource, RowNames, column_values, require_column, require_text
+from fedkd_flwr.tasks.split_names import found_in
+from fedkd_flwr.tasks.table import left_out, verb
 from fedkd_flwr.tasks.text import encoded, inputs_of
 
 if TYPE_CHECKING:
@@ -130,25 +132,12 @@ class NewsData(DataSource):
         there = os.path.join(self.source, file)
         if os.path.isdir(self.source) and not glob.has_magic(file) and not os.path.isfile(there):
             raise ValueError(
-                f"task.data.{key}: {self.source!r} holds no file {file!r}; name one by its path within that folder"
+                f"task.data.{key}: {self.source!r} holds no file {file!r} but {found_in(self.source)}; name one by "
+                "its path within that folder"
             )
-        layout = _without_header(columns_of_mind) if file.endswith(".tsv") else {}
-        table: Dataset = self.read(data_files={name: file}, split=split, **layout)
+        names = columns_of_mind if ".tsv" in Path(file.lower()).suffixes else None
+        table: Dataset = self.read(split, file=(name, file), names=names)
         return table
-
-
-def _without_header(columns: Sequence[str]) -> dict[str, Any]:
-    """How to read a file of MIND: every column is text, a quote is a character, and "NA" or "null" is a title."""
-    from datasets import Features, Value
-
-    return {
-        "sep": "\t",
-        "names": list(columns),
-        "index_col": False,
-        "quoting": 3,
-        "keep_default_na": False,
-        "features": Features({name: Value("string") for name in columns}),
-    }
 
 
 class News(NamedTuple):
@@ -205,8 +194,8 @@ def read_news(data: NewsData, tokenizer: Any, max_length: int, *, use_abstract: 
     # Backwards, so that the first of those with one id stays.
     numbers = {name: number for number, name in reversed(list(enumerate(ids))) if name is not None}
     note = (
-        f"news: {len(untitled)} of {len(ids)} articles have no title (the first is {next(iter(untitled), None)!r}); "
-        "they are read without it"
+        f"news: {len(untitled)} of {len(ids)} articles {verb(len(untitled), 'have')} no title (the first is "
+        f"{next(iter(untitled), None)!r}); read without it"
     )
     articles = Articles({name: Ragged.read(together, name) for name in names}, int(tokenizer.pad_token_id))
     return News(articles, numbers, (note,) if untitled else ())
@@ -268,7 +257,7 @@ def read_impressions(
     )
     reasons = np.array(column_values(indexed, "reason", ""), np.int64)
     masks = {reason: reasons == code for code, reason in enumerate(_REASONS)}
-    usable, notes = left_out(str(table.split), masks, len(table))
+    usable, notes = left_out(str(table.split), masks, len(table), RowNames(table))
     return Impressions(indexed, usable, notes)
 
 

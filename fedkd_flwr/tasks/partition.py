@@ -3,8 +3,10 @@
 import heapq
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from decimal import Decimal
 from itertools import chain
+from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -219,8 +221,20 @@ def _refusal(partition: Partition, num_clients: int, examples_by_class: Rows) ->
     )
 
 
+def origin(value: Any) -> Any:
+    """A value of a natural partition's column; None where it says nothing: no number, no end of numbers, blanks."""
+    if isinstance(value, str):
+        return value if value.strip() else None
+    return None if isinstance(value, float | Decimal) and not isfinite(value) else value
+
+
 def natural_indices(
-    train: Sequence[Any], test: Sequence[Any], partition: NaturalPartition, num_clients: int, seed: int
+    train: Sequence[Any],
+    test: Sequence[Any],
+    partition: NaturalPartition,
+    num_clients: int,
+    seed: int,
+    names: Callable[[int], str] = "row {}".format,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Rows of each client in the training split and in the test split.
 
@@ -231,16 +245,22 @@ def natural_indices(
         partition: names the column, and says whether its values are the clients or are grouped.
         num_clients: as many as there are values, or at most that where they are grouped.
         seed: any integer; it decides which values are grouped.
+        names: what a row of `train` is called in an error.
 
     Raises:
-        ValueError: if the data has another number of clients or too few values, or they can't be put in order.
+        ValueError: if a row of the training split has no value, the data has another number of clients or too few
+            values, or they can't be put in order.
     """
+    if empty := [row for row, value in enumerate(train) if origin(value) is None]:
+        raise ValueError(
+            f"task.partition.column: {partition.column!r} names no origin in {len(empty)} of {len(train)} rows (the "
+            f"first is {names(empty[0])}); it must hold a number or a text in every row: fill it, or remove these rows"
+        )
     try:
         values = sorted(set(train))
     except TypeError:
         raise ValueError(
-            f"task.partition.column: {partition.column!r} must hold a number or a text in every row, "
-            "and nothing that is empty"
+            f"task.partition.column: {partition.column!r} must hold a number in every row, or a text in every row"
         ) from None
     if partition.grouped:
         if len(values) < num_clients:

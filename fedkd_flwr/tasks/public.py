@@ -67,7 +67,7 @@ class PublicOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False)
             | ({"test_split": "train"} if self.split == "test" else {})
         )
         try:
-            table: Dataset = source.read(split=self.split)
+            table: Dataset = source.read(self.split)
         except ValueError as error:
             raise ValueError(str(error).replace("task.data.", "task.public.")) from error
         return table
@@ -160,6 +160,11 @@ class PublicRows:
                 values: Any = batch[name].contiguous().numpy()
                 state.update(f"{name}:{values.dtype.str}:{values.shape}\n".encode() + values.tobytes())
         return state.digest()
+
+
+def public_notes(notes: Sequence[str]) -> tuple[str, ...]:
+    """Notes on a table of public examples, told apart from those on the task's own."""
+    return tuple(f"public examples: {note}" for note in notes)
 
 
 def held_out(rows: Rows, num_examples: int | None, seed: int) -> tuple[Rows, Rows]:

@@ -4,19 +4,27 @@ Parquet, CSV, JSON and folders of images are read alike. The library keeps an Ar
 memory and reads single rows, so a process holds no more than it asks for.
 """
 
+import json
 import logging
 import os
 import re
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from pydantic import BaseModel, Field, field_validator, model_validator
+
+from fedkd_flwr.tasks.split_names import ALLOWED, found_in
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MAX_REASON = 300
+
+
+class DataFileError(ValueError):
+    """A file of a data set that can't be read; the message names it by its path within the data set."""
 
 
 def absolute_if_local(source: str) -> str:
@@ -75,59 +83,146 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         Raises:
             ValueError: if there is no such data, it can't be read, or a split is empty.
         """
-        train, test = self.read(split=[self.train_split, self.test_split])
+        train, test = self.read([self.train_split, self.test_split])
         require_disjoint(train, self.train_split, self.test_split)
         return train, test
 
     def load_test(self) -> "Dataset":
         """The test split alone; see `load`."""
-        table: Dataset = self.read(split=self.test_split)
+        table: Dataset = self.read(self.test_split)
         return table
 
     def load_train(self) -> "tuple[Dataset, Dataset | None]":
         """The training split, and the test split where there is one; see `load`."""
-        train: Dataset = self.read(split=self.train_split)
+        train: Dataset = self.read(self.train_split)
         return (train, None) if _lacks(train, self.test_split) else self.load()
 
-    def read(self, **request: Any) -> Any:
-        """What `datasets.load_dataset` gives for this source.
+    def read(self, split: str | list[str], *, file: tuple[str, str] | None = None, names: Any = None) -> Any:
+        """Splits of this source; see `readers.load`.
 
         Args:
-            **request: further arguments of that function, such as `split` or `data_files`.
+            split: one or several.
+            file: the name of a split and the only file of it; None takes those that the library finds.
+            names: of the columns of delimited files without a header.
 
         Raises:
             ValueError: if there is no such data, or it can't be read.
         """
-        # Imported here: it takes seconds, and checking a configuration should not.
-        import datasets
-
         local = os.path.exists(self.source)
         if not local and not _HUB_ID.fullmatch(self.source):
             raise ValueError(
                 f"task.data.source: there is no folder or file {self.source!r}; "
                 "set it to one, best by an absolute path, or to the id of a data set of the Hugging Face Hub"
             )
-        path = self.source
+        # Imported here: it takes seconds, and checking a configuration should not.
+        import datasets
+
+        from fedkd_flwr.tasks import readers
+
+        path, files = self.source, None if file is None else dict([file])
         if os.path.isfile(path):
-            path, request["data_files"] = os.path.split(path)
+            path, files = os.path.split(path)  # type: ignore[assignment]
         datasets.disable_progress_bars()
         logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README need not be a data card
         try:
-            return datasets.load_dataset(path, self.config, revision=self.revision, **request)
+            return readers.load(path, self.config, revision=self.revision, split=split, data_files=files, names=names)
         except Exception as error:  # the library's own, and those of the network, the disk and every file format
             raise ValueError(f"task.data.source: {self._failure(error, local=local)}") from error
 
     def _failure(self, error: Exception, *, local: bool) -> str:
+        told: BaseException | None = error
+        while told is not None:
+            if isinstance(told, DataFileError):
+                return f"{self.source!r} can't be loaded: {told}"
+            told = told.__cause__
         reason = reason_of(error)
+        if local and "Unknown split" in reason and os.path.isdir(self.source):
+            return (
+                f"{self.source!r} can't be loaded ({reason}); it holds {found_in(self.source)}; files and folders are "
+                f"splits by their names: {ALLOWED}; set train_split and test_split to those that are there"
+            )
         if local:
             return (
                 f"{self.source!r} can't be loaded ({reason}); "
-                "it must hold Parquet, CSV, JSON or image files, and have both train_split and test_split"
+                "it must hold Parquet, CSV, JSON or image files, their endings in small letters, and have both "
+                "train_split and test_split"
             )
         return (
             f"{self.source!r} is no folder or file here, and can't be loaded from the Hugging Face Hub ({reason}); "
             "check source, config, revision, splits and the connection"
         )
+
+
+@dataclass(slots=True)
+class Reading:
+    """What was seen while files were read; kept with the copy, as the description of a data set.
+
+    Attributes:
+        rows: of each split, its files in order, each with its number of rows.
+        columns: of each split.
+        notes: one line each.
+        classes: of each split, columns whose numbers have other class names in its files than in those of the first;
+            no names where its own files don't agree.
+    """
+
+    rows: dict[str, list[tuple[str, int]]]
+    columns: dict[str, list[str]]
+    notes: list[str]
+    classes: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, table: "Dataset") -> "Reading | None":
+        """That of the files that a table comes from; None of a table that was made otherwise."""
+        try:
+            value = json.loads(table.info.description or "")
+            return cls(value["rows"], value["columns"], value["notes"], value["classes"])
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def text(self) -> str:
+        """It as the library keeps it."""
+        return json.dumps(asdict(self))
+
+    def place(self, table: "Dataset", row: int) -> str:
+        """A row of a split as an error names it: by its file and its number there, from 0."""
+        from datasets import ReadInstruction
+
+        sizes = {name: info.num_examples for name, info in (table.info.splits or {}).items()}
+        for part in ReadInstruction.from_spec(str(table.split)).to_absolute(sizes):
+            if row >= part.to - part.from_:
+                row -= part.to - part.from_
+                continue
+            row += part.from_
+            for file, num_rows in self.rows[part.splitname]:
+                if row < num_rows:
+                    return f"row {row} of {file!r}"
+                row -= num_rows
+        return f"row {row}"
+
+
+class RowNames:
+    """What the rows of a split are called in errors and notes.
+
+    Args:
+        table: the split, as it was loaded.
+    """
+
+    def __init__(self, table: "Dataset") -> None:
+        self.table = table
+
+    def __call__(self, row: int) -> str:
+        """Of one row."""
+        reading = Reading.of(self.table)
+        return f"row {row}" if reading is None else reading.place(self.table, row)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What looked like an accident in the files of the split, one line each."""
+        reading = Reading.of(self.table)
+        if reading is None:
+            return ()
+        files = [name for name, _ in reading.rows.get(str(self.table.split).partition("[")[0], [])]
+        return tuple(note for note in reading.notes if any(note.startswith(f"file {file!r}") for file in files))
 
 
 def _lacks(table: "Dataset", split: str) -> bool:
@@ -196,4 +291,7 @@ def require_text(table: "Dataset", column: str, key: str) -> None:
     require_column(table, column, key)
     feature = table.features[column]
     if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
-        raise ValueError(f"{key}: {column!r} of split {str(table.split)!r} holds no texts but {feature}; name another")
+        raise ValueError(
+            f"{key}: {column!r} of split {str(table.split)!r} holds no texts but {feature}; store texts, or name "
+            "another"
+        )

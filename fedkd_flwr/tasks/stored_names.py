@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedkd_flwr.tasks.class_names import listed
 from fedkd_flwr.tasks.source import DataSource, reason_of
+from fedkd_flwr.tasks.split_names import files_by_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,9 +58,10 @@ def _files(data: DataSource, table: "Dataset") -> list[str]:
     """The files that the rows of a table come from."""
     from datasets import ReadInstruction, load_dataset_builder
 
-    path, files = (os.path.split(data.source)) if os.path.isfile(data.source) else (data.source, None)
+    path, files = os.path.split(data.source) if os.path.isfile(data.source) else (data.source, None)
+    chosen = files_by_split(path) if files is None else files
     found: Mapping[Any, Sequence[Any]] = (
-        load_dataset_builder(path, data.config, data_files=files).config.data_files or {}
+        load_dataset_builder(path, data.config, data_files=chosen).config.data_files or {}
     )
     by_split = {str(split): [str(file) for file in of_split] for split, of_split in found.items()}
     sizes = {name: info.num_examples for name, info in (table.info.splits or {}).items()}

@@ -22,10 +22,11 @@ from fedkd_flwr.tasks.partition import (
     hold_out_groups,
     label_counts,
     natural_indices,
+    origin,
     partition_indices,
     require_client,
 )
-from fedkd_flwr.tasks.source import DataSource, column_values
+from fedkd_flwr.tasks.source import DataSource, Reading, RowNames, column_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,13 +72,17 @@ def class_weights(chosen: ClassWeights, labels: Rows, num_classes: int) -> Tenso
     return tensor(chosen, dtype=float32)
 
 
-def left_out(split: str, reasons: Mapping[str, Rows], num_rows: int) -> tuple[Rows, tuple[str, ...]]:
-    """Rows of a split that can be used, and a note on those that can't.
+def left_out(
+    split: str, reasons: Mapping[str, Rows], num_rows: int, names: RowNames | None = None
+) -> tuple[Rows, tuple[str, ...]]:
+    """Rows of a split that can be used, and notes on its files and on those that can't.
 
     Args:
         split: its name.
-        reasons: why rows can't be used, each with a mask of [rows]; a row counts under its first reason.
+        reasons: why rows can't be used, from a verb in the plural on ("have no label"), each with a mask of [rows]; a
+            row counts under its first reason.
         num_rows: of the split.
+        names: what its rows are called, and notes on its files; None numbers them.
 
     Raises:
         ValueError: if no row is left.
@@ -87,13 +92,28 @@ def left_out(split: str, reasons: Mapping[str, Rows], num_rows: int) -> tuple[Ro
     for reason, mask in reasons.items():
         new = mask & ~unusable
         if new.any():
-            counted.append(f"{int(new.sum())} {reason} (the first is row {int(np.flatnonzero(new)[0])})")
+            first = int(np.flatnonzero(new)[0])
+            where = f"row {first}" if names is None else names(first)
+            counted.append(f"{agreeing(int(new.sum()), reason)} (the first is {where})")
         unusable |= mask
     if unusable.all():
         raise ValueError(f"task.data: no row of split {split!r} can be used: {', '.join(counted) or 'it is empty'}")
     kept = np.flatnonzero(~unusable)
-    note = f"split {split!r}: {int(unusable.sum())} of {num_rows} rows are left out: {', '.join(counted)}"
-    return kept, (note,) if counted else ()
+    number = int(unusable.sum())
+    note = f"split {split!r}: {number} of {num_rows} rows {verb(number, 'are')} left out: {', '.join(counted)}"
+    return kept, (*(names.notes if names is not None else ()), *((note,) if counted else ()))
+
+
+def verb(number: int, plural: str) -> str:
+    """A verb as it goes with a number of things."""
+    irregular = {"are": "is", "have": "has", "reach": "reaches"}
+    return plural if number != 1 else irregular.get(plural, f"{plural}s")
+
+
+def agreeing(number: int, predicate: str) -> str:
+    """A number of things with what they do: "2 have no label", "1 has no label"."""
+    first, _, rest = predicate.partition(" ")
+    return f"{number} {verb(number, first)} {rest}"
 
 
 def load_tables(data: DataSource, partition: AnyPartition) -> "tuple[Dataset, Dataset]":
@@ -159,11 +179,14 @@ class ClientRows:
             self.train = [usable[0]] * num_clients
             self._test = [_NO_ROWS if tables[0] is tables[1] else usable[1]] * num_clients
             if (name := partition.group_column) in tables[0].column_names:
-                self._groups = column_values(tables[0], str(name), "task.partition.column")
+                self._groups = _origins_of(tables[0], str(name))
         elif isinstance(partition, NaturalPartition):
             of_train, of_test = _origins(tables, partition.column)
             mine, theirs = [of_train[row] for row in usable[0]], [of_test[row] for row in usable[1]] if of_test else []
-            rows, test_rows = natural_indices(mine, theirs, partition, num_clients, drawn)
+            names = RowNames(tables[0])
+            rows, test_rows = natural_indices(
+                mine, theirs, partition, num_clients, drawn, lambda place: names(int(usable[0][place]))
+            )
             self.train, self._test = _taken(usable[0], rows), _taken(usable[1], test_rows)
             self._groups = of_train if partition.grouped else None
         else:
@@ -230,9 +253,27 @@ class ClientRows:
 
 def _origins(tables: "tuple[Dataset, Dataset]", column: str) -> tuple[list[Any], list[Any]]:
     """A natural partition's column in both splits; the second is empty where the test split has no such column."""
-    of_train = column_values(tables[0], column, "task.partition.column")
-    has = column in tables[1].column_names
-    return of_train, column_values(tables[1], column, "task.partition.column") if has else []
+    of_train = _origins_of(tables[0], column)
+    return of_train, _origins_of(tables[1], column) if column in tables[1].column_names else []
+
+
+def _origins_of(table: "Dataset", column: str) -> list[Any]:
+    """What each row says of its origin, None where it says nothing."""
+    values = map(origin, column_values(table, column, "task.partition.column"))
+    if (names := getattr(table.features[column], "names", None)) is None:
+        return list(values)
+    reading = Reading.of(table)
+    own = None if reading is None else reading.classes.get(str(table.split).partition("[")[0], {}).get(column)
+    if own == []:
+        raise ValueError(
+            f"task.partition.column: files of split {str(table.split)!r} number the names of {column!r} differently; "
+            "write all of them with the same names in the same order"
+        )
+    # By the first file's numbers; what it does not name comes after. A number below 0 stands for none.
+    places = {
+        place: names.index(name) if name in names else len(names) + place for place, name in enumerate(own or names)
+    }
+    return [None if value is None else places.get(value) for value in values]
 
 
 def _taken(rows: Rows, places: Sequence[Sequence[int]]) -> list[Rows]:

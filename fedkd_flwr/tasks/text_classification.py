@@ -16,11 +16,11 @@ from fedkd_flwr.tasks.classification_head import head_notes
 from fedkd_flwr.tasks.data_notes import digests, repeated_notes
 from fedkd_flwr.tasks.labels import read_labels
 from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition, WholePartition
-from fedkd_flwr.tasks.public import PublicRows, PublicTextOptions, held_out
+from fedkd_flwr.tasks.public import PublicRows, PublicTextOptions, held_out, public_notes
 from fedkd_flwr.tasks.scores import classification_scores, predict
-from fedkd_flwr.tasks.source import DataSource, column_values, require_text
+from fedkd_flwr.tasks.source import DataSource, RowNames, column_values, require_text
 from fedkd_flwr.tasks.stored_names import stored_names
-from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables
+from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables, verb
 from fedkd_flwr.tasks.text import TextTask, TextTaskOptions, TokenExamples, by_length, inputs_of, read_sequences
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ class TextClassification(TextTask):
         if self._public is not None:
             self._public = self._tables["train"], self._public[1]
         elif options.public is not None:
-            self._public = self._read_public(options.public, seed)
+            table, chosen, of_public = self._read_public(options.public, seed)
+            self._public, notes = (table, chosen), (*notes, *of_public)
         self._labels_read, self._usable, self._notes = labels, usable, notes
         self._texts = tables  # before they were encoded
 
@@ -165,13 +166,13 @@ class TextClassification(TextTask):
         sequences = read_sequences(table, rows, inputs_of(self._tokenizer))
         return TokenExamples(sequences, self._padding, torch.from_numpy(labels))
 
-    def _read_public(self, public: PublicTextOptions, seed: int) -> "tuple[Dataset, Rows]":
-        """A table of public texts, encoded as the task's own, and the rows of it that are used."""
+    def _read_public(self, public: PublicTextOptions, seed: int) -> "tuple[Dataset, Rows, tuple[str, ...]]":
+        """A table of public texts, encoded as the task's own, the rows of it that are used, and notes on others."""
         table = public.load(self._columns.text, self._columns.text_pair)
         reasons = _empty(table, self._columns, "task.public")
-        usable, _ = left_out(str(table.split), reasons, len(table))
+        usable, notes = left_out(str(table.split), reasons, len(table), RowNames(table))
         chosen, _ = held_out(usable, public.num_examples or len(usable), seed)
-        return self._encoded(table), chosen
+        return self._encoded(table), chosen, public_notes(notes)
 
     def _label_counts(self, rows: Rows) -> tuple[int, ...]:
         return tuple(np.bincount(self._labels["train"][rows], minlength=len(self._label_names)).tolist())
@@ -183,7 +184,7 @@ class TextClassification(TextTask):
             # A text of just this length is not cut; to tell it from longer ones would take its pieces without a limit.
             if full := int((lengths == self._options.max_length).sum()):
                 notes.append(
-                    f"split {str(table.split)!r}: {full} of {len(lengths)} texts reach task.max_length "
+                    f"split {str(table.split)!r}: {full} of {len(lengths)} texts {verb(full, 'reach')} task.max_length "
                     f"({self._options.max_length}); what is longer is cut"
                 )
         return notes
@@ -196,7 +197,7 @@ def _usable(
     notes: tuple[str, ...] = ()
     for name, table in tables.items():
         reasons = {**_empty(table, columns, "task.data.columns"), "have no label": labels[name] < 0}
-        usable[name], noted = left_out(str(table.split), reasons, len(table))
+        usable[name], noted = left_out(str(table.split), reasons, len(table), RowNames(table))
         notes = (*notes, *noted)
     return usable, notes
 

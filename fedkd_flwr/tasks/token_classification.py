@@ -23,9 +23,9 @@ from fedkd_flwr.tasks.classification_head import head_notes
 from fedkd_flwr.tasks.data_notes import digests, lacking_notes, repeated_notes
 from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition, client_notes
 from fedkd_flwr.tasks.scores import entity_scores, predict
-from fedkd_flwr.tasks.source import DataSource, column_values, require_column
+from fedkd_flwr.tasks.source import DataSource, RowNames, column_values, require_column
 from fedkd_flwr.tasks.stored_names import stored_names
-from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables
+from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables, verb
 from fedkd_flwr.tasks.tags import (
     OUTSIDE,
     entity_counts,
@@ -134,7 +134,7 @@ class TokenClassification(TextTask):
             stored = stored_names(options.data, table, columns.tags, "task.data.columns.tags")
             found = tag_texts(table, columns.tags, stored, options.label_names)
             tags[split], scheme = rows_in_iob2(found, begins)
-            usable[split], noted = left_out(str(table.split), _reasons(words, tags[split]), len(table))
+            usable[split], noted = left_out(str(table.split), _reasons(words, tags[split]), len(table), RowNames(table))
             notes.extend(noted)
             if scheme is not None:
                 notes.append(f"split {str(table.split)!r}: tags are in {scheme} and read as IOB2")
@@ -249,8 +249,8 @@ class TokenClassification(TextTask):
             )
             if cut:
                 notes.append(
-                    f"split {str(table.split)!r}: {cut} of {len(usable[split])} sentences are longer than "
-                    f"task.max_length ({self._options.max_length}); entities beyond it count as missed"
+                    f"split {str(table.split)!r}: {cut} of {len(usable[split])} sentences {verb(cut, 'are')} longer "
+                    f"than task.max_length ({self._options.max_length}); entities beyond it count as missed"
                 )
         return notes
 

@@ -103,8 +103,8 @@ def test_images_of_32_bits_are_left_out_with_the_remedy(dtype: Any, folder: Path
     data["image"][4] = encoded(Image.fromarray(np.full((SIDE, SIDE), 1000, dtype)), "TIFF")
     write(folder, "train", data)
     assert build(folder).data_report().notes == (
-        "split 'train': 1 of 48 rows are left out: "
-        "1 have an image of 32-bit pixels, to be saved with 8 or 16 bits (the first is row 4)",
+        "split 'train': 1 of 48 rows is left out: "
+        "1 has an image of 32-bit pixels, to be saved with 8 or 16 bits (the first is row 4 of 'train.parquet')",
     )
 
 
@@ -207,8 +207,8 @@ def test_images_of_different_sizes_are_refused_with_the_row_and_the_remedy(folde
     data["image"][7] = rows(1, side=9)["image"][0]
     write(folder, "train", data)
     assert refusal(folder) == (
-        "task.image_size: images differ in size: row 7 of split 'train' is 9x9 pixels, the first training image 8x8; "
-        "set image_size to resize them"
+        "task.image_size: images differ in size: row 7 of 'train.parquet' (split 'train') is 9x9 pixels, the first "
+        "training image 8x8; set image_size to resize them"
     )
 
 
@@ -238,8 +238,9 @@ def test_an_image_that_can_not_be_read_is_left_out_before_anything_is_trained(da
     write(folder, "train", data)
     task = build(folder)
     assert task.data_report().notes == (
-        "split 'train': 4 of 48 rows are left out: 1 have no image (the first is row 2), "
-        "2 have an image that can't be read (the first is row 5), 1 have no label (the first is row 3)",
+        "split 'train': 4 of 48 rows are left out: 1 has no image (the first is row 2 of 'train.parquet'), "
+        "2 have an image that can't be read (the first is row 5 of 'train.parquet'), "
+        "1 has no label (the first is row 3 of 'train.parquet')",
     )
     clients = [task.client_data(client) for client in range(NUM_CLIENTS)]
     assert sum(len(data.train) + len(data.test) for data in clients) == NUM_TRAIN - 4
@@ -251,14 +252,14 @@ def test_a_damaged_image_of_the_test_split_is_left_out_too(folder: Path) -> None
     write(folder, "test", data)
     task = build(folder)
     assert len(task.test_data()) == NUM_TEST - 1
-    assert "split 'test': 1 of 12 rows are left out" in task.data_report().notes[0]
+    assert "split 'test': 1 of 12 rows is left out" in task.data_report().notes[0]
 
 
 def test_an_image_that_only_decoding_shows_to_be_damaged_is_refused_with_its_row(folder: Path) -> None:
     data = rows(NUM_TRAIN)
     data["image"][5] = {"bytes": damaged_inside(), "path": None}
     write(folder, "train", data)
-    start = "task.data.columns.image: the image of row 5 of split 'train' can't be read ("
+    start = "task.data.columns.image: the image of row 5 of 'train.parquet' (split 'train') can't be read ("
     assert refusal(folder).startswith(start)
 
 
@@ -314,7 +315,10 @@ def test_relative_paths_that_are_none_of_the_tables_folder_start_where_the_proce
 ) -> None:
     data = write_paths(tmp_path / "data", "table/pictures")[0]
     (tmp_path / "data" / "table" / "pictures").rename(tmp_path / "pictures")
-    said = "task.data: no row of split 'train' can be used: 48 have an image that can't be read (the first is row 0)"
+    said = (
+        "task.data: no row of split 'train' can be used: 48 name an image file that is not there (the first is row 0, "
+        "'pictures/0.png')"
+    )
     assert refusal(tmp_path, data=data) == said
     monkeypatch.chdir(tmp_path)
     assert len(build(tmp_path, data=data).test_data()) == NUM_TEST

@@ -115,16 +115,19 @@ def test_rows_that_can_not_be_used_are_counted(tmp_path: Path, build: Build) -> 
     ]
     news[0]["title"], news[1]["title"] = " ", None
     task = build(write_lists(tmp_path, news, [*train, *bad, impression("U0", [], good)], [*test, bad[0]]))
+    file = "'train.parquet'"
     first, num_train, num_test = len(train), len(train) + len(bad) + 1, len(test) + 1
     assert task.data_report().notes == (
-        "news: 2 of 60 articles have no title (the first is 'N0'); they are read without it",
-        f"split 'train': 7 of {num_train} rows are left out: 1 have no candidates (the first is row {first + 4}), "
-        f"1 have another number of labels than candidates (the first is row {first + 5}), "
-        f"1 have a label other than 0 and 1 (the first is row {first + 6}), "
-        f"1 have no click (the first is row {first + 2}), 1 have clicks only (the first is row {first + 3}), "
-        f"2 name an article that no news file has (the first is row {first})",
-        f"split 'test': 1 of {num_test} rows are left out: 1 name an article that no news file has "
-        f"(the first is row {len(test)})",
+        "news: 2 of 60 articles have no title (the first is 'N0'); read without it",
+        f"split 'train': 7 of {num_train} rows are left out: "
+        f"1 has no candidates (the first is row {first + 4} of {file}), "
+        f"1 has another number of labels than candidates (the first is row {first + 5} of {file}), "
+        f"1 has a label other than 0 and 1 (the first is row {first + 6} of {file}), "
+        f"1 has no click (the first is row {first + 2} of {file}), "
+        f"1 has clicks only (the first is row {first + 3} of {file}), "
+        f"2 name an article that no news file has (the first is row {first} of {file})",
+        f"split 'test': 1 of {num_test} rows is left out: 1 names an article that no news file has "
+        f"(the first is row {len(test)} of 'test.parquet')",
     )
     clients = [task.client_data(client) for client in range(3)]
     assert sum(len(data.train) + len(data.test) for data in clients) == first + 1
@@ -165,7 +168,8 @@ algorithm: {{name: fedavg}}
 def test_what_is_wrong_with_the_data_is_said(stored: Path, tmp_path: Path, build: Build) -> None:
     source = {"source": str(stored)}
     assert refusal(lambda: build({**source, "news_files": ["gone.parquet"]})) == (
-        f"task.data.news_files: {str(stored)!r} holds no file 'gone.parquet'; name one by its path within that folder"
+        f"task.data.news_files: {str(stored)!r} holds no file 'gone.parquet' but news.parquet, test.parquet, "
+        "train.parquet; name one by its path within that folder"
     )
     assert refusal(lambda: build({**source, "test_file": "gone.tsv"})).startswith("task.data.test_file: ")
     assert refusal(lambda: build({**source, "columns": {"candidates": "shown"}})) == (
@@ -188,5 +192,5 @@ def test_what_is_wrong_with_the_data_is_said(stored: Path, tmp_path: Path, build
     write_lists(tmp_path, news, [mind(row) for row in train], unlabelled)
     assert refusal(lambda: build(tmp_path)) == (
         f"task.data: no row of split 'test' can be used: {len(test)} have another number of labels than candidates "
-        "(the first is row 0)"
+        "(the first is row 0 of 'test.parquet')"
     )

@@ -1,4 +1,6 @@
+import math
 from collections import Counter
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -284,10 +286,31 @@ def test_another_number_of_clients_than_the_column_has_is_an_error_with_both(num
     )
 
 
-@pytest.mark.parametrize("sites", [["a", None], [["a"], ["b"]], [{"a": 1}, {"a": 2}]], ids=str)
+@pytest.mark.parametrize("sites", [[1, "a"], [["a"], ["b"]], [{"a": 1}, {"a": 2}]], ids=str)
 def test_a_column_that_can_not_tell_clients_apart_is_an_error(sites: list[object]) -> None:
-    with pytest.raises(ValueError, match=r"^task\.partition\.column: 'site' must hold a number or a text in every row"):
+    with pytest.raises(
+        ValueError, match=r"^task\.partition\.column: 'site' must hold a number in every row, or a text"
+    ):
         natural_indices(sites, [], BY_SITE, 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    "nothing", [None, math.nan, math.inf, -math.inf, "", " \t", "\u00a0", Decimal("NaN")], ids=repr
+)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_rows_without_an_origin_are_refused_with_their_number(nothing: object, grouped: bool) -> None:
+    other = "a" if nothing is None or isinstance(nothing, str) else 1.0
+    partition = NaturalPartition(column="site", grouped=grouped)
+    with pytest.raises(ValueError) as caught:
+        natural_indices([other, nothing, other, nothing], [], partition, 2, seed=0)
+    assert str(caught.value) == (
+        "task.partition.column: 'site' names no origin in 2 of 4 rows (the first is row 1); it must hold a number or a "
+        "text in every row: fill it, or remove these rows"
+    )
+
+
+def test_a_whole_number_and_the_same_with_a_point_are_one_origin() -> None:
+    assert natural_indices([1, 2.0, 1.0, 2], [2.0], BY_SITE, 2, seed=0) == ([[0, 2], [1, 3]], [[], [0]])
 
 
 @given(

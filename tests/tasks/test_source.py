@@ -144,17 +144,29 @@ def test_a_hub_that_can_not_be_reached_is_an_error_with_the_remedy() -> None:
     assert text.endswith("); check source, config, revision, splits and the connection")
 
 
-def test_the_hub_is_asked_for_the_revision_configuration_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_for_the_revision_configuration_and_splits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[object, ...]] = []
 
-    def load_dataset(path: str, name: str, **options: object) -> list[Dataset]:
-        asked.append((path, name, options))
-        return [Dataset.from_dict(TRAIN), Dataset.from_dict(TEST)]
+    class Prepared:
+        cache_dir = str(tmp_path / "none")
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+        def download_and_prepare(self) -> None:
+            asked.append(("prepared",))
+
+        def as_dataset(self, split: list[str]) -> list[Dataset]:
+            asked.append(("split", *split))
+            return [Dataset.from_dict(TRAIN), Dataset.from_dict(TEST)]
+
+    def builder_of(path: str, name: str, **options: object) -> Prepared:
+        asked.append((path, name, options))
+        return Prepared()
+
+    monkeypatch.setattr("datasets.load_dataset_builder", builder_of)
     train, _ = DataSource(source="a/b", config="c", revision="d", train_split="e", test_split="f").load()
     assert train[:] == TRAIN
-    assert asked == [("a/b", "c", {"split": ["e", "f"], "revision": "d"})]
+    assert asked == [("a/b", "c", {"revision": "d", "data_files": None}), ("prepared",), ("split", "e", "f")]
 
 
 @pytest.mark.parametrize(("option", "value"), [("train_split", "learn"), ("test_split", "dev"), ("config", "other")])
@@ -170,8 +182,12 @@ def test_a_split_or_configuration_that_is_not_there_is_an_error_with_those_that_
 def test_a_folder_without_data_and_a_damaged_file_are_errors(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "empty").mkdir()
     (folder / "train.parquet").write_bytes(b"no parquet")
-    for path in (tmp_path / "empty", folder):
-        assert message(DataSource(source=str(path))).startswith(f"task.data.source: {str(path)!r} can't be loaded (")
+    assert message(DataSource(source=str(tmp_path / "empty"))).startswith(
+        f"task.data.source: {str(tmp_path / 'empty')!r} can't be loaded ("
+    )
+    assert message(DataSource(source=str(folder))).startswith(
+        f"task.data.source: {str(folder)!r} can't be loaded: file 'train.parquet' is no whole Parquet file: "
+    )
 
 
 def test_a_split_without_examples_is_an_error(folder: Path) -> None:

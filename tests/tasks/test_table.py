@@ -73,7 +73,7 @@ def test_rows_that_can_not_be_used_count_once_under_their_first_reason() -> None
     kept, notes = left_out("train", {"are empty": empty, "have no label": unlabelled}, 5)
     assert kept.tolist() == [0, 3]
     assert notes == (
-        "split 'train': 3 of 5 rows are left out: 2 are empty (the first is row 1), 1 have no label (the first is row "
+        "split 'train': 3 of 5 rows are left out: 2 are empty (the first is row 1), 1 has no label (the first is row "
         "4)",
     )
 

@@ -144,7 +144,7 @@ def test_pairs_of_texts_are_read_as_two_segments(tiny_bert: Path, tmp_path: Path
     ]
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1]]
     assert task.data_report().notes[0] == (
-        "split 'train': 2 of 4 rows are left out: 2 have an empty second text (the first is row 1)"
+        "split 'train': 2 of 4 rows are left out: 2 have an empty second text (the first is row 1 of 'train.parquet')"
     )
 
 
@@ -194,8 +194,9 @@ def test_rows_without_a_text_or_a_label_are_reported_and_not_used(suffix: str, t
     expected = [(pieces(tiny_bert, TEXTS[row]), LABELS[row]) for row in range(len(TEXTS)) if row not in (3, 5, 8)]
     assert sorted(held) == sorted(expected)
     assert task.data_report().notes == (
-        f"split 'train': 3 of {len(TEXTS)} rows are left out: 2 have an empty text (the first is row 3), "
-        "1 have no label (the first is row 5)",
+        f"split 'train': 3 of {len(TEXTS)} rows are left out: "
+        f"2 have an empty text (the first is row 3 of 'train.{suffix}'), "
+        f"1 has no label (the first is row 5 of 'train.{suffix}')",
     )
 
 

@@ -131,7 +131,7 @@ def test_what_is_cut_off_is_missed_and_noted(tiny_bert: Path, tmp_path: Path) ->
     of_train, of_test = (note for note in task.data_report().notes if "longer than" in note)
     assert of_train.startswith("split 'train': ")
     assert of_test == (
-        "split 'test': 1 of 2 sentences are longer than task.max_length (6); entities beyond it count as missed"
+        "split 'test': 1 of 2 sentences is longer than task.max_length (6); entities beyond it count as missed"
     )
 
 
@@ -201,8 +201,8 @@ def test_sentences_without_words_or_with_other_numbers_of_tags_are_reported_and_
     rows["tokens"][1], rows["tokens"][4], rows["ner_tags"][6] = [], None, ["O"]
     task = build(write_splits(tmp_path, rows, TEST), tiny_bert, num_clients=3)
     assert task.data_report().notes == (
-        f"split 'train': 3 of {len(SENTENCES)} rows are left out: 2 have no words (the first is row 1), "
-        "1 have another number of tags than words (the first is row 6)",
+        f"split 'train': 3 of {len(SENTENCES)} rows are left out: 2 have no words (the first is row 1 of "
+        "'train.parquet'), 1 has another number of tags than words (the first is row 6 of 'train.parquet')",
     )
     sides = [side for client in range(3) for side in (task.client_data(client).train, task.client_data(client).test)]
     assert sum(map(len, sides)) == len(SENTENCES) - 3
@@ -297,7 +297,8 @@ def test_a_word_without_a_tag_leaves_its_row_out(kind: str, tiny_bert: Path, tmp
     source = write_splits(tmp_path, rows, TEST if kind == "text" else numbered(TEST), features=features)
     task = build(source, tiny_bert, label_names=NAMES if kind == "number" else None)
     assert task.data_report().notes == (
-        f"split 'train': 1 of {len(SENTENCES)} rows are left out: 1 have a word without a tag (the first is row 3)",
+        f"split 'train': 1 of {len(SENTENCES)} rows is left out: 1 has a word without a tag (the first is row 3 of "
+        "'train.parquet')",
     )
     sides = [side for client in range(2) for side in (task.client_data(client).train, task.client_data(client).test)]
     assert sum(map(len, sides)) == len(SENTENCES) - 1
