@@ -17,6 +17,8 @@ color:var(--warn)}
 .status.completed{color:var(--good)}.status.failed{color:var(--bad)}
 .alert{border-left:4px solid var(--bad);background:var(--card);padding:10px 14px;margin:16px 0 0;overflow-wrap:anywhere}
 .note,.small{color:var(--soft)}.small{font-size:13px;font-weight:400;margin:8px 0 0;white-space:nowrap}
+.lines{margin:0;padding-left:18px}.lines li{margin:4px 0;overflow-wrap:anywhere}.lines li:first-child{font-weight:600}
+.legend-text{color:var(--soft);font-size:13px;margin:8px 0 0}img{max-width:100%;height:auto;background:#fff}
 bdi{overflow-wrap:anywhere}
 .bad{color:var(--bad);font-weight:600}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:12px;margin:18px 0 0}
