@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from fedkd_flwr.report.html_page import page_of, section_of_lines, table_of
 from fedkd_flwr.report.markup import as_text
-from fedkd_flwr.report.runs import RunResult, rounds_in_words
+from fedkd_flwr.report.runs import RunResult, rounds_in_words, shown_path
 from fedkd_flwr.report.table import LEGEND, filled_columns
 
 
@@ -26,7 +26,7 @@ def comparison_page(
     table = table_of(f"{as_text(runs[0].metric)}, bytes and time", list(map(as_text, shown)), cells)
     legend = as_text(LEGEND.format(link=link, rounds=rounds_in_words(runs)), None)
     picture = b64encode(figure).decode()
-    places = [(as_text(run.label), as_text(run.directory.resolve(), None)) for run in runs]
+    places = [(as_text(run.label), as_text(shown_path(run.directory), None)) for run in runs]
     return page_of(
         "Comparison",
         [

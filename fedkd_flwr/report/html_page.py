@@ -27,6 +27,7 @@ SCOPE_NAMES = {
 NONE = "-"
 MOST_REASONS = 10
 MOST_BARS = 40  # rounds; beyond, bars flicker
+FEWEST_TENTHS = 10  # clients; fewer have no tenth
 # The browser itself refuses whatever is not in the file, should anything slip through.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -149,13 +150,19 @@ def _curves(run: RunResult, account: Account) -> str:
         Series("up", [(n, up / MEGABYTE) for n, (up, _) in sorted(account.bytes_by_round.items())], 0),
         Series("down", [(n, down / MEGABYTE) for n, (_, down) in sorted(account.bytes_by_round.items())], 1),
     ]
+    num_rounds = run.summary["num_rounds"]
+
+    def when(number: float) -> str:
+        """A round's number; the evaluation after the last is no round."""
+        return "end" if num_rounds is not None and number > num_rounds else _whole(number)
+
     bytes_chart = bar_chart if len(account.bytes_by_round) <= MOST_BARS else line_chart
     figures = [
         _figure(rounds, line_chart(by_round, Axes("round", metric, _whole, _short)), by_round),
         _figure(megabytes, line_chart(by_bytes, Axes("MB moved per client", metric, _short, _short)), by_bytes),
         _spread_figure(run),
         _figure(
-            "MB by round, all clients", bytes_chart(moved, Axes("round", "MB", _whole, _short, from_zero=True)), moved
+            "MB by round, all clients", bytes_chart(moved, Axes("round", "MB", when, _short, from_zero=True)), moved
         ),
     ]
     drawn = "".join(figures)
@@ -213,6 +220,8 @@ def _spread(run: RunResult, scope: str) -> list[Series]:
                 if value is not None:
                     points.setdefault(name, []).append((row["round"] - 1, value))
     names = {"p90": "best tenth begins here", "median": "median client", "p10": "worst tenth ends here"}
+    if (run.summary["num_clients"] or 0) < FEWEST_TENTHS:
+        names |= {"p90": "90th percentile of clients", "p10": "10th percentile of clients"}
     return [Series(names[name], points[name], color) for color, name in enumerate(names) if name in points]
 
 

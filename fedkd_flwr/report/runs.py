@@ -187,6 +187,12 @@ def table_rows(runs: Sequence[RunResult], link: NetworkOptions) -> list[dict[str
     return [run.table_row(link) for run in runs] + [row for n, row in enumerate(constant) if row not in constant[:n]]
 
 
+def shown_path(path: Path) -> Path:
+    """A path as its user would write it: from the working directory where it lies below that."""
+    path, here = path.resolve(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def rounds_in_words(runs: Sequence[RunResult]) -> str:
     """Which rounds the means of some runs are of, for a legend; the rule where they are not the same for all."""
     said = {run.rounds_averaged for run in runs} - {""}

@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 
 from fedkd_flwr.algorithms import Baseline
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, Experiment, baselines_of, load
-from fedkd_flwr.report.runs import MEGABYTE, RunResult
+from fedkd_flwr.report.runs import MEGABYTE, RunResult, shown_path
 
 # What a client may predict with: how it is called here, and where its score on the client's own data stands.
 LOCAL = {
@@ -66,6 +66,7 @@ def verdict(runs: Sequence[RunResult]) -> list[str]:
         baselines = [baseline for baseline, _ in baselines_of(group[0][1])]
         for dense in (baseline for baseline in baselines if baseline.dense):
             lines += _headline(group, dense, known)
+        lines += [line for run, _ in group for line in _learned_nothing(run)]
         for baseline in baselines:
             lines += _compared(group, baseline, known)
         lines += [line for run, experiment in group for line in _own_data(run, experiment)]
@@ -90,6 +91,18 @@ def _conditions(experiment: Experiment, *, seed: bool) -> str:
     return experiment.model_dump_json(exclude=left_out)
 
 
+def _learned_nothing(run: RunResult) -> list[str]:
+    """That the shared model is no better than one answer to everything, where it is not."""
+    majority, score = run.majority, run.last_rounds()
+    constant = majority.scores.get(run.metric) if majority else None
+    if majority is None or score is None or constant is None or _sign(run.metric) * (score - constant) > MARGIN:
+        return []
+    return [
+        f"{run.label}: {run.metric} on the server's test set, {run.rounds_averaged}: the shared student {score:.3f} is "
+        f"no better than {majority.words}, {constant:.3f}"
+    ]
+
+
 def _headline(group: Sequence[Known], dense: Baseline, known: Sequence[Known]) -> Iterator[str]:
     """The shared student beside the dense baseline, and what follows for the user."""
     run, experiment = group[0]
@@ -97,7 +110,7 @@ def _headline(group: Sequence[Known], dense: Baseline, known: Sequence[Known]) -
         return
     pairs = list(_pairs(group, dense, "shared", known))
     if not pairs:
-        where = run.directory / CONFIG_FILE
+        where = shown_path(run.directory / CONFIG_FILE)
         score = f"{run.metric} on the server's test set, {run.rounds_averaged}: the shared student "
         yield (
             f"{experiment.name}: {score}{run.last_rounds():.3f}; {dense.words} was not run beside it: "

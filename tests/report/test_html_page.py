@@ -271,3 +271,17 @@ def test_bars_stand_side_by_side_within_their_round() -> None:
     spans = sorted((float(x), float(x) + float(width)) for x, width, _ in bars)
     assert all(end <= start + 0.02 for (_, end), (start, _) in pairwise(spans))
     assert sorted(float(height) > 0 for *_, height in bars) == [False, True, True, True]
+
+
+def test_the_scores_at_the_end_are_no_round_beyond_the_last(run: Run) -> None:
+    page = html_page(read_run(run("num_rounds=2")))
+    assert "<title>up, round end: " in page and "<title>up, round 3: " not in page
+
+
+def test_few_clients_have_no_tenth(run: Run) -> None:
+    page = html_page(read_run(run("num_rounds=1")))
+    assert "90th percentile of clients" in page and "tenth ends" not in page and "tenth begins" not in page
+
+
+def test_equal_scores_are_drawn_below_one() -> None:
+    assert _ticks([0.97, 0.97])[-1] == pytest.approx(1.0)

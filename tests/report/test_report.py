@@ -1,9 +1,11 @@
 """Tables and figures."""
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
@@ -184,3 +186,28 @@ def test_a_round_note_gives_the_score_and_the_bytes_so_far() -> None:
     assert (
         note.of({"kind": "round", "round": 1, "metrics": metrics, "skipped": True}) == "accuracy 0.500, 2.5 MB, skipped"
     )
+
+
+@pytest.mark.parametrize("megabytes", [[0.0, 1.21, 1.22, 1.23], [0.0, 0.01, 0.05, 0.2], [0.0, 0.001, 10.0, 1000.0]])
+def test_numbers_below_a_panel_do_not_stand_on_one_another(
+    megabytes: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    saved = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), saved(self, *a, **k))[1])
+    draw_curves([Curve("a", [0, 1, 2, 3], megabytes, megabytes, [0.9, 0.97, 0.99, 1.0])], "f1", "l", tmp_path / "x.png")
+    for axes in figures[0].axes:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels(which="both") if label.get_text()]
+        inside = sorted((box.x0, box.x1) for box in boxes if box.x1 > axes.bbox.x0 and box.x0 < axes.bbox.x1)
+        assert len(inside) >= 2 and all(end <= start for (_, end), (start, _) in pairwise(inside))
+    assert figures[0].axes[0].get_ylim()[1] < 1.02
+
+
+def test_the_last_note_is_of_the_scores_at_the_end(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = read_run(run("algorithm.name=local_only", "num_rounds=1")).rows
+    log = RoundLog()
+    for row in rows:
+        log.update(row)
+    final = next(row for row in rows if row["kind"] == "final")
+    score = final["metrics"]["private_local"]["accuracy"]
+    assert f"after the last round: accuracy {score:.3f}, " in capsys.readouterr().out

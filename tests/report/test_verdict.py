@@ -115,6 +115,15 @@ def test_without_the_dense_baseline_the_first_line_says_how_to_run_it(made: Runs
     )
 
 
+def test_a_student_that_is_no_better_than_one_answer_to_everything_is_called_so(made: Runs) -> None:
+    found = {"label": "fine", "share": 0.95, "num_classes": 2, "scores": {"accuracy": 0.934}}
+    for score, is_said in ((0.934, True), (0.95, False)):
+        run = made(fedkd(), score)
+        run.summary["majority"] = found
+        said = [line for line in verdict([run]) if "is no better than always 'fine' (95 %), 0.934" in line]
+        assert bool(said) == is_said
+
+
 def test_means_are_over_a_quarter_of_the_rounds_which_the_line_names(made: Runs) -> None:
     runs = [made(fedkd(), 0.8, earlier=[0.1] * 6 + [0.6]), made(baseline("fedavg"), 0.9, earlier=[0.0] * 7)]
     assert (
