@@ -27,19 +27,29 @@ from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.inventory import delete_state, kept_states
 from fedkd_flwr.flower.launcher import launch
 from fedkd_flwr.flower.processes import ENDING
-from fedkd_flwr.flower.runtime import runtime_of
+from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.server import check_resumable
 from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
 from fedkd_flwr.measure.ledger import LEDGER_FILE
 from fedkd_flwr.measure.link import NetworkOptions
-from fedkd_flwr.report import common_link, read_run, reported, verdict, write_model_card, write_report
+from fedkd_flwr.report import (
+    common_link,
+    comparison_dir,
+    read_run,
+    reported,
+    verdict,
+    write_model_card,
+    write_report,
+)
 from fedkd_flwr.report.html_page import PAGE_FILE
 from fedkd_flwr.report.partition import draw_partition
 from fedkd_flwr.report.privacy import describe_privacy
 from fedkd_flwr.report.progress import RunProgress
+from fedkd_flwr.report.runs import rounds_in_words, table_rows
 from fedkd_flwr.report.status import status_of
 from fedkd_flwr.report.table import screen_table
 from fedkd_flwr.report.tensorboard import require_tensorboard, write_events
+from fedkd_flwr.report.writing import TABLE_FILE
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -156,7 +166,7 @@ def compare(
         runtime_of(experiment)  # what can't be built is better known before hours of others
     noted: set[str] = set()
     directories = [_run(experiment, output_dir, in_process, noted) for experiment in experiments]
-    _show(directories, _root(experiments[0], output_dir) / "comparison" / _run_name())
+    _show(directories, comparison_dir(_root(experiments[0], output_dir)))
 
 
 @app.command()
@@ -169,9 +179,10 @@ def report(
         typer.Option("--set", help="network.key=value: the link that bytes are turned into seconds for"),
     ] = None,
 ) -> None:
-    """Draw runs again: figure, table and a page for each."""
+    """Draw runs again: figure, table and a page for each; several are compared in a place of their own."""
     if tensorboard:
         require_tensorboard()
+    directories = [each for n, each in enumerate(directories) if _is_new(each, directories[:n])] or directories
     if other := [text for text in overrides or () if text.partition("=")[0].strip().partition(".")[0] != "network"]:
         raise ConfigError(f"what was run can't be set any more, only network can, got {other[0]!r}")
     for directory in directories:
@@ -179,7 +190,7 @@ def report(
             raise ConfigError(f"{str(directory)!r} holds no {LEDGER_FILE}; give results/<experiment>/<run>")
     link = load(directories[0] / CONFIG_FILE, overrides).network if overrides else None
     try:
-        _show(directories, _writable(output_dir) if output_dir else None, link)
+        _show(directories, _place_of_report(directories, output_dir), link)
         for directory in directories if tensorboard else ():
             _show_events(directory)
     except (KeyError, TypeError, ValueError) as error:
@@ -215,7 +226,8 @@ def check(conf: Config, overrides: Overrides = None, output_dir: Output = None) 
     experiment = load(conf, overrides or ())
     figure = _root(experiment, output_dir) / experiment.name / PARTITION_FILE
     try:
-        expected = forecast(experiment)
+        with err.status("reading data and models") as now:
+            expected = forecast(experiment, lambda text: now.update(f"trying {text}"))
     except DataElsewhereError:
         out.print(
             f"{conf}: valid; its data is on the nodes, so nothing can be drawn or predicted here",
@@ -301,11 +313,26 @@ def _prepared(experiment: Experiment, output_dir: Path | None, noted: set[str]) 
     run_dir = _root(experiment, output_dir) / experiment.name / _run_name()
     check_accounting(experiment)
     # Built here first, so that data or models that don't fit are found before anything is started or written.
-    for note in runtime_of(experiment).notes:
-        if note not in noted:
-            err.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-            noted.add(note)
+    runtime = runtime_of(experiment)
+    for line in (*_first_lines(runtime, run_dir), *(f"note: {note}" for note in runtime.notes if note not in noted)):
+        err.print(line, highlight=False, markup=False, soft_wrap=True)
+    noted.update(runtime.notes)
     return run_dir
+
+
+def _first_lines(runtime: Runtime, run_dir: Path) -> list[str]:
+    """What a user should know before a run begins: who takes part, what leaves them, how much, where it goes."""
+    # Imported here, as for `check`.
+    from fedkd_flwr.flower.forecast import expected
+
+    experiment = runtime.experiment
+    sampled = "" if experiment.num_sampled == experiment.num_clients else f", {experiment.num_sampled} in each round"
+    return [
+        f"{experiment.name}: {experiment.num_clients} clients{sampled}, {experiment.num_rounds} rounds; "
+        f"results: {run_dir}",
+        f"what leaves a client: {runtime.leaves}",
+        f"bytes: {expected(runtime)}",
+    ]
 
 
 def _execute(
@@ -344,6 +371,22 @@ def _writable(directory: Path) -> Path:
     return root
 
 
+def _is_new(directory: Path, earlier: list[Path]) -> bool:
+    """Whether a directory is to be reported on: named for the first time, and not a comparison that lies among runs."""
+    is_comparison = (directory / TABLE_FILE).is_file() and not (directory / CONFIG_FILE).exists()
+    return not is_comparison and directory.resolve() not in {each.resolve() for each in earlier}
+
+
+def _place_of_report(directories: list[Path], output_dir: Path | None) -> Path | None:
+    """Where a report goes; None: beside the only run. That of several takes the place of no run's own."""
+    if output_dir is not None or len(directories) == 1:
+        return None if output_dir is None else _writable(output_dir)
+    try:
+        return comparison_dir(_writable(directories[0].resolve().parent.parent))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; say where the comparison goes with --output-dir") from None
+
+
 def _run_name() -> str:
     return datetime.now().strftime("%Y%m%d-%H%M%S-%f")
 
@@ -361,16 +404,18 @@ def _show(directories: list[Path], output: Path | None, link: NetworkOptions | N
     runs = [read_run(directory) for directory in directories]
     link = link or common_link(runs)
     console = out if out.is_terminal else Console(width=120)
-    rows = [run.table_row(link) for run in runs]
-    console.print(screen_table(rows, link.describe(), runs[0].metric, console.width))
+    table_of_runs = screen_table(
+        table_rows(runs, link), link.describe(), rounds_in_words(runs), runs[0].metric, console.width
+    )
+    console.print(table_of_runs)
     if len(runs) > 1 and any(run.network not in (None, link) for run in runs):
         out.print(f"note: runs name several networks; all are shown over {link.describe()}", highlight=False)
     noisy = [(run, privacy) for run in runs if (privacy := run.summary.get("privacy"))]
     disclosed = [f"{run.label}: {describe_privacy(privacy)}" for run, privacy in noisy]
     for line in (*disclosed, *verdict(runs)):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
-    pages = [("page", figure.parent / PAGE_FILE)] if len(runs) == 1 else []
-    for what, path in (("figure", figure), ("table", table), *pages, *((run.label, run.directory) for run in runs)):
+    page = ("page", figure.parent / PAGE_FILE)
+    for what, path in (("figure", figure), ("table", table), page, *((run.label, run.directory) for run in runs)):
         out.print(f"{what}: {path}", highlight=False, markup=False, soft_wrap=True)
 
 

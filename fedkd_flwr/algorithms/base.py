@@ -199,6 +199,8 @@ class Algorithm:
         num_student_parameters: likewise of the student.
         make_aggregator: how uploads become one where a mean of them, or a robust rule, means nothing; None where the
             user's choice does it.
+        leaves: what leaves a client, in a few words for its user.
+        stays: the models that never leave it, likewise; empty where all of them do.
         notes: one line each: what leaves a client beyond what its name says.
         foundations: gives digests, by name, of what nodes must have alike and are never sent, such as a frozen
             backbone. A node with another one is not taken in.
@@ -217,6 +219,8 @@ class Algorithm:
     num_teacher_parameters: int
     num_student_parameters: int
     make_aggregator: Callable[[], Aggregator] | None = None
+    leaves: str = "what the algorithm exchanges"
+    stays: str = ""
     notes: tuple[str, ...] = ()
     foundations: Callable[[], Mapping[str, bytes]] = dict
     first_upload_bytes: int = 0

@@ -71,6 +71,8 @@ class FdOptions(OwnModelOptions):
             FdServer(),
             *num_parameters(models),
             make_aggregator=lambda: LabelOutputsMean(self.weighting, self.local.num_epochs),
+            leaves="for each label the mean output of its model",
+            stays="the model",
         )
 
 

@@ -79,7 +79,8 @@ class FedAvgOptions(AlgorithmOptions):
             keep_moments=self.keep_moments,
             logit_adjustment=self.logit_adjustment,
         )
-        return Algorithm("updates", shared, client, MeanUpdateServer(shared), *num_parameters(models))
+        leaves = f"the update of the {self.model}"
+        return Algorithm("updates", shared, client, MeanUpdateServer(shared), *num_parameters(models), leaves=leaves)
 
 
 def common_model(models: Models, which: Literal["teacher", "student"]) -> nn.Module:

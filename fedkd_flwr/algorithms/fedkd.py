@@ -160,7 +160,15 @@ class FedKDOptions(AlgorithmOptions):
         models = task.build_models(seed)
         shared = SharedModel(task, models.student)
         client = FedKDClient(task, models, shared, self, seed)
-        return Algorithm("updates", shared, client, MeanUpdateServer(shared), *num_parameters(models))
+        return Algorithm(
+            "updates",
+            shared,
+            client,
+            MeanUpdateServer(shared),
+            *num_parameters(models),
+            leaves="the update of the student",
+            stays="the teacher",
+        )
 
     def baselines(self) -> Sequence[Baseline]:
         """The student without a teacher, the teacher without anyone, and dense FedAvg of the teacher.

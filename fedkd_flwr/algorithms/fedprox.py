@@ -59,7 +59,8 @@ class FedProxOptions(AlgorithmOptions):
             keep_moments=self.keep_moments,
             logit_adjustment=self.logit_adjustment,
         )
-        return Algorithm("updates", shared, client, MeanUpdateServer(shared), *num_parameters(models))
+        leaves = f"the update of the {self.model}"
+        return Algorithm("updates", shared, client, MeanUpdateServer(shared), *num_parameters(models), leaves=leaves)
 
 
 def proximal_penalty(module: nn.Module, mu: float) -> Penalty:

@@ -104,6 +104,8 @@ class FloraOptions(AlgorithmOptions):
             make_aggregator=lambda: AdapterStack(self.lora.alpha, self.weighting),
             foundations=lambda: {"frozen backbone": digest},
             length=ProductLength(self.lora.alpha),
+            leaves=f"the {self.model}'s adapters",
+            stays="its frozen backbone",
         )
 
 

@@ -78,7 +78,14 @@ def _build(task: Task, seed: int, options: FrdOptions, *, mix: bool) -> Algorith
     shared = SharedMemory(ProxyMemoryCodec(len(task.proxies), task.num_actions, options.bits))
     client = FrdClient(task, models, options, mix=mix)
     return Algorithm(
-        "outputs", shared, client, NoModelServer(), *num_parameters(models), make_aggregator=ProxyMemoryMean
+        "outputs",
+        shared,
+        client,
+        NoModelServer(),
+        *num_parameters(models),
+        make_aggregator=ProxyMemoryMean,
+        leaves="the policy in the proxy states that were visited",
+        stays="the policy's model",
     )
 
 

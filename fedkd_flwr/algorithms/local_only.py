@@ -31,7 +31,15 @@ class LocalOnlyOptions(OwnModelOptions):
         """Local training of the chosen model, which may be another on each client."""
         models = task.build_models(seed)
         client = LocalOnlyClient(task, models, self)
-        return Algorithm("nothing", NothingShared(), client, NoModelServer(), *num_parameters(models))
+        return Algorithm(
+            "nothing",
+            NothingShared(),
+            client,
+            NoModelServer(),
+            *num_parameters(models),
+            leaves="no model and no update of one",
+            stays=f"the {self.model}",
+        )
 
 
 class NothingShared:

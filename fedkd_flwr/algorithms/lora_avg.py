@@ -57,4 +57,13 @@ class LoraAvgOptions(AlgorithmOptions):
             logit_adjustment=self.logit_adjustment,
         )
         server = MeanUpdateServer(shared)
-        return Algorithm("updates", shared, client, server, *sizes, foundations=lambda: foundations(module))
+        return Algorithm(
+            "updates",
+            shared,
+            client,
+            server,
+            *sizes,
+            foundations=lambda: foundations(module),
+            leaves=f"the update of the {self.model}'s adapters",
+            stays="its frozen backbone",
+        )

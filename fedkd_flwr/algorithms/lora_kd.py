@@ -142,6 +142,8 @@ class LoraKDOptions(AlgorithmOptions):
             LoraKDServer(task, own.first, distiller, self),
             *sizes,
             make_aggregator=lambda: SoftLabelMean(self.weighting),
+            leaves=f"soft labels of {self.num_asked} public examples a round",
+            stays=f"the {self.model} and its adapters",
             notes=(
                 f"clients tell what their models say of {self.num_asked} of {len(public)} public examples a round; "
                 "soft labels can give away what a client's labels are",

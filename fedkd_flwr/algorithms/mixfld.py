@@ -129,6 +129,9 @@ class MixFldOptions(AlgorithmOptions):
             server,
             *num_parameters(models),
             make_aggregator=lambda: GatheredSeeds(self.weighting, self.local.num_epochs),
+            leaves=f"for each label the mean output of the {self.model}, and once {self.num_seeds} mixtures of its "
+            "examples",
+            stays=f"the {self.model}",
             notes=(note,),
             first_upload_bytes=shared.up.mixtures_bytes,
         )

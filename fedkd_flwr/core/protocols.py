@@ -115,7 +115,8 @@ class DataReport:
 
     Attributes:
         label_names: of the classes.
-        label_counts: for each client, how many training labels of each class it has.
+        label_counts: for each client, how many labels of each class it learns from; those of examples that it keeps
+            to score on are not counted.
         notes: one line each: rows that were left out and why, clients that will find it hard.
         of_all: whether the counts are of all clients. Where nodes bring their data, each knows its own alone, and the
             server none.
@@ -125,6 +126,31 @@ class DataReport:
     label_counts: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...] = ()
     of_all: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class CommonAnswer:
+    """The answer that is right most often in the training data.
+
+    Attributes:
+        label: its index among a model's outputs.
+        name: of the class.
+        share: of the training labels, in (0, 1]; None where it is no class that examples have.
+        num_classes: a model's outputs.
+    """
+
+    label: int
+    name: str
+    share: float | None
+    num_classes: int
+
+
+@runtime_checkable
+class HasCommonAnswer(Protocol):
+    """A task whose labels may be classes."""
+
+    def common_answer(self) -> CommonAnswer | None:
+        """The largest class of the training data; None where labels are no classes, or they are on nodes alone."""
 
 
 class Task(Protocol):

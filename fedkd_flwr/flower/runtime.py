@@ -40,6 +40,17 @@ class Runtime:
         """One line each: what was left out of the data, what leaves a client beyond what the algorithm is named for."""
         return (*self.task.data_report().notes, *self.algorithm.notes)
 
+    @property
+    def leaves(self) -> str:
+        """What leaves a client, in which form, and what stays with it: one sentence."""
+        privacy, algorithm = self.experiment.privacy, self.algorithm
+        codec = f" through {self.experiment.compressor.name}" if algorithm.exchanges == "updates" else ""
+        noise = ", clipped and with noise" if privacy else ""
+        tells = privacy is None or privacy.share_metrics
+        scores = ", with scores and numbers of examples" if tells else ", without scores and numbers of examples"
+        stays = f"{algorithm.stays} and the data stay" if algorithm.stays else "the data stay"
+        return f"{algorithm.leaves}{codec}{noise}{scores}; {stays}"
+
 
 def runtime_of(experiment: Experiment, data_path: Path | None = None) -> Runtime:
     """Build the experiment, or give the one that this process has built already.

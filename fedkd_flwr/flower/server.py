@@ -5,6 +5,7 @@ import logging
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.settings import ServerSettings
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Ledger, Listener, environment
 from fedkd_flwr.measure.summary import read_summary, write_summary
+from fedkd_flwr.tasks.majority import majority_of
 
 STUDENT_DIR = "student"
 LOCK_FILE = "lock"
@@ -190,6 +192,8 @@ def _write_start(ledger: Ledger, runtime: Runtime, training_id: str) -> None:
         initial_digest=runtime.lineage.hex(),
         environment=environment(),
         notes=list(runtime.notes),
+        leaves=runtime.leaves,
+        **({"majority": asdict(majority)} if (majority := majority_of(runtime.task)) else {}),
         **({"privacy": facts} if (facts := experiment.noise_facts) else {}),
         **({"network": experiment.network.model_dump(mode="json")} if experiment.network else {}),
     )

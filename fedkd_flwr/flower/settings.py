@@ -132,6 +132,11 @@ def _data_path(node_config: UserConfig) -> Path | None:
     return path
 
 
+def client_key_of(partition_id: int) -> str:
+    """The name of a client that has a part of the experiment's data and was given no other."""
+    return f"{partition_id:05d}"
+
+
 def _client_key(node_config: UserConfig, partition_id: int, state_dir: Path) -> str:
     """The lasting name: as configured, else by partition, else drawn once and kept beside the state."""
     names = {key: str(node_config[key]) for key in ("client-id", "name") if key in node_config}
@@ -143,7 +148,7 @@ def _client_key(node_config: UserConfig, partition_id: int, state_dir: Path) -> 
         if not re.fullmatch(NAME_PATTERN, name):
             raise ConfigError(f"node config: {key} must match {NAME_PATTERN}, got {name!r}")
         return name
-    return f"{partition_id:05d}" if "partition-id" in node_config else lasting_name(state_dir)
+    return client_key_of(partition_id) if "partition-id" in node_config else lasting_name(state_dir)
 
 
 def lasting_name(state_dir: Path) -> str:

@@ -50,6 +50,15 @@ def spread_of(scores: Iterable[Scores]) -> dict[str, dict[str, float]] | None:
     return spread or None
 
 
+MOST_AVERAGED = 3
+SHARE_AVERAGED = 4  # of so many rounds one is averaged: the mean of a short run would be mostly of its climb
+
+
+def num_averaged(num_rounds: int) -> int:
+    """How many of a run's last rounds its score is the mean over: a quarter of them, at least 1 and at most 3."""
+    return min(MOST_AVERAGED, max(1, num_rounds // SHARE_AVERAGED))
+
+
 def last_mean(values: Sequence[float], count: int = 3) -> float | None:
     """Mean of the last `count` values: steadier than the last one alone. None where there are none."""
     tail = values[-count:]

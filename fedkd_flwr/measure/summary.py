@@ -15,6 +15,7 @@ from fedkd_flwr.measure.privacy_account import PrivacyAccount
 SUMMARY_FILE = "summary.json"
 SECONDS = ("client_train", "encode", "decode", "aggregate")
 BOTH_WAYS = 2
+LATER_FACTS = ("leaves", "majority")  # of the start row; ledgers of earlier versions have none
 
 
 def without_repeats(rows: Iterable[Row]) -> list[Row]:
@@ -33,6 +34,8 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
     Bytes are those of every serialised message, whatever it was for. `dense_teacher_equivalent` is what FedAvg of the
     teacher would have moved with the same participation: two float32 copies of its trainable parameters for each
     training message; `dense_student_equivalent` likewise. `rejected` counts replies that did not count, by kind.
+    `leaves` says what leaves a client, `majority` what always answering the largest class scores, where the ledger
+    has them.
     """
     start: Row = {}
     end: Row = {"status": "unfinished", "elapsed_seconds": 0.0}
@@ -81,6 +84,7 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
         "stopped_early": stopped_early or None,
         **({"privacy": privacy} if privacy else {}),
         **({"transfer": _transfer(transfer_of(rows, link))} if link else {}),
+        **{fact: start[fact] for fact in LATER_FACTS if start.get(fact)},
     }
 
 

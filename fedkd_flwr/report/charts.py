@@ -137,6 +137,7 @@ def _ticks(values: Sequence[float], *, whole: bool = False) -> list[float]:
     low, high = min(values), max(values)
     if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-300):  # the same, but for the last bits of a mean
         low, high = (low, low + 1) if whole or low == 0 else (low - abs(low) / 10, high + abs(high) / 10)
+        high = 1.0 if not whole and 0 < values[0] <= 1 < high else high  # what may be a share has no place above 1
     raw = (high - low) / NUM_TICKS
     power = 10.0 ** floor(log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))

@@ -14,7 +14,8 @@ from fedkd_flwr.report.charts import Axes, Series, bar_chart, line_chart
 from fedkd_flwr.report.markup import as_text
 from fedkd_flwr.report.page_style import STYLE
 from fedkd_flwr.report.privacy import privacy_rows
-from fedkd_flwr.report.runs import MEGABYTE, RunResult
+from fedkd_flwr.report.runs import MEGABYTE, RunResult, fewer_bytes
+from fedkd_flwr.report.verdict import verdict
 
 PAGE_FILE = "report.html"
 SCOPE_NAMES = {
@@ -26,6 +27,7 @@ SCOPE_NAMES = {
 NONE = "-"
 MOST_REASONS = 10
 MOST_BARS = 40  # rounds; beyond, bars flicker
+FEWEST_TENTHS = 10  # clients; fewer have no tenth
 # The browser itself refuses whatever is not in the file, should anything slip through.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -33,9 +35,9 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 def html_page(run: RunResult, link: NetworkOptions | None = None) -> str:
     """The report of one run: finished, failed or still going on; bytes as seconds over a link, or the run's own."""
     account = account_of(run.rows)
-    title = as_text(run.label)
     sections = [
         _headline(run, account, link or run.network),
+        section_of_lines("Verdict", verdict([run])),
         _scores(run),
         _curves(run, account),
         _bytes(run),
@@ -45,16 +47,28 @@ def html_page(run: RunResult, link: NetworkOptions | None = None) -> str:
         _facts(run),
         _configuration(run.directory),
     ]
+    return page_of(run.label, sections)
+
+
+def page_of(title: str, sections: Iterable[str]) -> str:
+    """A page that needs nothing else, of sections that are HTML already; empty ones are left out."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
-        f'content="light dark"><link rel="icon" href="data:,"><title>{title}</title><style>{STYLE}</style></head>\n'
+        f'content="light dark"><link rel="icon" href="data:,"><title>{as_text(title)}</title>'
+        f"<style>{STYLE}</style></head>\n"
         f"<body><main>\n{chr(10).join(section for section in sections if section)}\n</main></body></html>\n"
     )
 
 
-def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+def section_of_lines(title: str, lines: Sequence[str]) -> str:
+    """A section of sentences, in the order given; nothing where there are none."""
+    items = "".join(f"<li>{as_text(line, None)}</li>" for line in lines)
+    return f'<section><h2>{title}</h2><ul class="lines">{items}</ul></section>' if lines else ""
+
+
+def table_of(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     """A table of cells that are HTML already; the first column names the row.
 
     Kinds: "tall" scrolls within the page, "words" has sentences in its last column.
@@ -76,12 +90,17 @@ def _headline(run: RunResult, account: Account, link: NetworkOptions | None) -> 
     name = "shared model"
     if best is None and (best := run.score("private_local")) is not None:
         name = "private models"
+    last_rounds = run.last_rounds()
+    averaged = (
+        [] if last_rounds is None else [(f"the same, {run.rounds_averaged}, as in verdicts", _score(last_rounds))]
+    )
     reduction = summary["bytes"]["reduction_vs_dense_teacher"]
     tiles = [
-        (f"{as_text(run.metric)}, {name}", _score(best)),
+        (f"{as_text(run.metric)}, {name}, after round {account.last_round or 0}", _score(best)),
+        *averaged,
         ("rounds", f"{account.last_round or 0} of {said['num_rounds']}"),
         ("moved, all clients", _size(summary["bytes"]["total"])),
-        ("fewer bytes than dense FedAvg of the teacher", NONE if reduction is None else f"{100 * reduction:.1f} %"),
+        ("fewer bytes than dense FedAvg of the teacher", NONE if reduction is None else fewer_bytes(reduction)),
         ("duration", _duration(summary["seconds"]["wall"])),
     ]
     if link is not None:
@@ -96,6 +115,8 @@ def _headline(run: RunResult, account: Account, link: NetworkOptions | None) -> 
         f"{said['num_clients']} clients, seed {said['seed']}. "
         f"Run {as_text(run.directory.resolve().name)}.</p></header>"
     ]
+    if summary.get("leaves"):
+        parts.append(f"<p>What leaves a client: {as_text(summary['leaves'], None)}.</p>")
     if account.reason:
         parts.append(f'<p class="alert" role="alert">The run ended: {as_text(account.reason)}</p>')
     if summary["stopped_early"]:
@@ -114,7 +135,11 @@ def _scores(run: RunResult) -> str:
         for scope, scores in metrics.items()
         if scores
     ]
-    return f"<section><h2>Scores</h2>{_table('Last scores', ['model', *map(as_text, names)], rows)}</section>"
+    if (majority := run.majority) is not None:
+        words = f"{as_text(majority.words)}, server's test set"
+        rows.append((words, *(_score(majority.scores.get(name)) for name in names)))
+    table = table_of(f"Scores after round {run.last_round}", ["model", *map(as_text, names)], rows)
+    return f"<section><h2>Scores</h2>{table}</section>"
 
 
 def _curves(run: RunResult, account: Account) -> str:
@@ -125,13 +150,19 @@ def _curves(run: RunResult, account: Account) -> str:
         Series("up", [(n, up / MEGABYTE) for n, (up, _) in sorted(account.bytes_by_round.items())], 0),
         Series("down", [(n, down / MEGABYTE) for n, (_, down) in sorted(account.bytes_by_round.items())], 1),
     ]
+    num_rounds = run.summary["num_rounds"]
+
+    def when(number: float) -> str:
+        """A round's number; the evaluation after the last is no round."""
+        return "end" if num_rounds is not None and number > num_rounds else _whole(number)
+
     bytes_chart = bar_chart if len(account.bytes_by_round) <= MOST_BARS else line_chart
     figures = [
         _figure(rounds, line_chart(by_round, Axes("round", metric, _whole, _short)), by_round),
         _figure(megabytes, line_chart(by_bytes, Axes("MB moved per client", metric, _short, _short)), by_bytes),
         _spread_figure(run),
         _figure(
-            "MB by round, all clients", bytes_chart(moved, Axes("round", "MB", _whole, _short, from_zero=True)), moved
+            "MB by round, all clients", bytes_chart(moved, Axes("round", "MB", when, _short, from_zero=True)), moved
         ),
     ]
     drawn = "".join(figures)
@@ -189,6 +220,8 @@ def _spread(run: RunResult, scope: str) -> list[Series]:
                 if value is not None:
                     points.setdefault(name, []).append((row["round"] - 1, value))
     names = {"p90": "best tenth begins here", "median": "median client", "p10": "worst tenth ends here"}
+    if (run.summary["num_clients"] or 0) < FEWEST_TENTHS:
+        names |= {"p90": "90th percentile of clients", "p10": "10th percentile of clients"}
     return [Series(names[name], points[name], color) for color, name in enumerate(names) if name in points]
 
 
@@ -208,7 +241,7 @@ def _bytes(run: RunResult) -> str:
         if dense:
             rows.append((f"dense FedAvg of the {what}", _size(dense), _size(dense / clients)))
     caption = "Every serialised message, evaluation and greetings included"
-    return f"<section><h2>Bytes</h2>{_table(caption, ['', 'all clients', 'per client'], rows)}</section>"
+    return f"<section><h2>Bytes</h2>{table_of(caption, ['', 'all clients', 'per client'], rows)}</section>"
 
 
 def _clients(account: Account) -> str:
@@ -231,7 +264,7 @@ def _clients(account: Account) -> str:
                 f"<ul>{events}</ul>" if events else NONE,
             )
         )
-    return f"<section><h2>Clients</h2>{_table(f'{len(rows)} clients, by name', head, rows, 'tall words')}</section>"
+    return f"<section><h2>Clients</h2>{table_of(f'{len(rows)} clients, by name', head, rows, 'tall words')}</section>"
 
 
 def _troubles(run: RunResult, account: Account) -> str:
@@ -248,7 +281,7 @@ def _troubles(run: RunResult, account: Account) -> str:
             if len(reasons) > MOST_REASONS:
                 items.append(f"<li>and {len(reasons) - MOST_REASONS} other reasons</li>")
             rows.append((as_text(kind), str(reasons.total()), f"<ul>{''.join(items)}</ul>"))
-        parts.append(_table("Replies that did not count", ["kind", "replies", "reasons"], rows, "words"))
+        parts.append(table_of("Replies that did not count", ["kind", "replies", "reasons"], rows, "words"))
     if len(parts) == 1:
         parts.append("<p>No round was skipped and no reply rejected.</p>")
     return "".join(parts) + "</section>"
@@ -259,7 +292,7 @@ def _privacy(run: RunResult) -> str:
     if not rows:
         return ""
     caption = "What the noise on updates promises, of one client's whole data, as far as the run went"
-    return f"<section><h2>Differential privacy</h2>{_table(caption, ['', ''], rows, 'words')}</section>"
+    return f"<section><h2>Differential privacy</h2>{table_of(caption, ['', ''], rows, 'words')}</section>"
 
 
 def _facts(run: RunResult) -> str:
@@ -270,7 +303,7 @@ def _facts(run: RunResult) -> str:
     environment = run.summary["environment"] or {}
     rows = [(as_text(name.replace("_", " ")), as_text(value)) for name, value in environment.items()]
     rows += [(f"seconds, {as_text(name.replace('_', ' '))}", f"{value:.1f}") for name, value in seconds.items()]
-    table = _table("What it ran on, and where time went; clients' seconds are summed over them", ["", ""], rows)
+    table = table_of("What it ran on, and where time went; clients' seconds are summed over them", ["", ""], rows)
     return f"{data}<section><h2>Environment and time</h2>{table}</section>"
 
 

@@ -10,6 +10,7 @@ import yaml
 from fedkd_flwr.experiment import CONFIG_FILE
 from fedkd_flwr.measure.summary import read_summary
 from fedkd_flwr.report.privacy import privacy_rows
+from fedkd_flwr.report.runs import fewer_bytes, read_run
 
 CARD_FILE = "README.md"
 MODEL_DIR = "student"
@@ -46,7 +47,7 @@ def write_model_card(run_dir: Path) -> Path | None:
         loads = None  # a small model of this project's own
     card = "---\n" + yaml.safe_dump(_front_matter(config, summary, loads), sort_keys=False) + "---\n\n"
     path = directory / CARD_FILE
-    path.write_text(card + _text(config, summary, loads), encoding="utf-8")
+    path.write_text(card + _text(config, summary, loads, read_run(run_dir).last_round), encoding="utf-8")
     return path
 
 
@@ -74,7 +75,7 @@ def _public(section: object) -> str | None:
     return source if isinstance(source, str) and not os.path.isabs(source) and not source.startswith(".") else None
 
 
-def _text(config: Mapping[str, Any], summary: Mapping[str, Any], loads: tuple[str, str] | None) -> str:
+def _text(config: Mapping[str, Any], summary: Mapping[str, Any], loads: tuple[str, str] | None, last_round: int) -> str:
     counted = summary["bytes"]
     task, data = config["task"], _public(config["task"].get("data"))
     reduction = counted["reduction_vs_dense_teacher"]
@@ -96,12 +97,16 @@ def _text(config: Mapping[str, Any], summary: Mapping[str, Any], loads: tuple[st
     if transfer := summary.get("transfer"):
         lines.append(f"| transfer over {transfer['link']} | {transfer['seconds']:.1f} s |")
     if reduction is not None:
-        lines.append(f"| beside dense FedAvg of the teacher | {100 * reduction:.2f} % fewer bytes |")
+        lines.append(f"| beside dense FedAvg of the teacher | {fewer_bytes(reduction)} fewer bytes |")
     lines += [f"| {name} | {value} |" for name, value in privacy_rows(summary.get("privacy"))]
-    lines += [f"| seed | {summary['seed']} |", "", "## Scores", "", "| | metric | value |", "|---|---|---:|"]
+    if summary.get("leaves"):
+        lines.append(f"| what left a client | {summary['leaves']} |")
+    lines += [f"| seed | {summary['seed']} |", "", f"## Scores after round {last_round}", ""]
+    lines += ["| | metric | value |", "|---|---|---:|"]
     for scope, what in SCOPE_NAMES.items():
         for name, value in (summary["metrics"][scope] or {}).items():
             lines.append(f"| {what} | {name} | {value:.4f} |")
+    lines += _majority_lines(summary)
     if loads:
         pipeline, auto = loads
         # A word's tag was learned on its first piece alone.
@@ -127,6 +132,15 @@ def _text(config: Mapping[str, Any], summary: Mapping[str, Any], loads: tuple[st
         "",
     ]
     return "\n".join(lines)
+
+
+def _majority_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What needs no model at all, beside what this one reaches on the server's test set."""
+    found, scores = summary.get("majority"), summary["metrics"]["shared_global"] or {}
+    if not found:
+        return []
+    what = f"always {found['label']!r}, on the server's test set".replace("|", "\\|")
+    return [f"| {what} | {name} | {value:.4f} |" for name, value in found["scores"].items() if name in scores]
 
 
 def _named(section: object) -> str:

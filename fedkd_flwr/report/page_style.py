@@ -17,6 +17,9 @@ color:var(--warn)}
 .status.completed{color:var(--good)}.status.failed{color:var(--bad)}
 .alert{border-left:4px solid var(--bad);background:var(--card);padding:10px 14px;margin:16px 0 0;overflow-wrap:anywhere}
 .note,.small{color:var(--soft)}.small{font-size:13px;font-weight:400;margin:8px 0 0;white-space:nowrap}
+.lines{margin:0;padding-left:18px}.lines li{margin:4px 0;overflow-wrap:anywhere}.lines li:first-child{font-weight:600}
+.legend-text{color:var(--soft);font-size:13px;margin:8px 0 0}img{max-width:100%;height:auto;background:#fff}
+p.small{white-space:normal}
 bdi{overflow-wrap:anywhere}
 .bad{color:var(--bad);font-weight:600}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:12px;margin:18px 0 0}
@@ -27,6 +30,7 @@ flex-direction:column-reverse;justify-content:flex-end}
 figure{margin:0;min-width:0}figcaption{font-weight:600;margin-bottom:6px}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:12px}
 .grid{stroke:var(--rule)}.line{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round}
+.line.c1{stroke-dasharray:9 5}.line.c2{stroke-dasharray:3 5}.line.c3{stroke-dasharray:12 4 3 4}
 .dot,.bar{fill:currentColor}.key{display:inline-block;width:14px;height:4px;border-radius:2px;margin-right:6px;
 background:currentColor;vertical-align:middle}
 .c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}

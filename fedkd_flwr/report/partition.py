@@ -1,4 +1,4 @@
-"""Figure: how the labels of the training data lie among the clients."""
+"""Figure: how the labels that clients learn from lie among the clients."""
 
 import warnings
 from pathlib import Path
@@ -51,7 +51,9 @@ def draw_partition(report: DataReport, path: Path) -> None:
         _draw_map(figure, axes, counts, names)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=MOST_BARS if bars else "auto", integer=True, min_n_ticks=1))
     axes.set(ylabel="client")
-    axes.set_title(f"{counts.sum():,} training labels of {num_clients} clients")
+    axes.set_title(
+        f"{counts.sum():,} labels that {num_clients} clients learn from, without those that they keep to score on"
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # boxes instead, in scripts the font lacks
         figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
@@ -64,7 +66,7 @@ def _draw_bars(axes: Axes, counts: Counts, names: list[str]) -> None:
     for label in range(num_labels):
         axes.barh(range(num_clients), counts[:, label], left=starts[:, label], height=0.8, color=colours[label])
     axes.set_ylim(num_clients - 0.5, -0.5)
-    axes.set(xlabel="training labels")
+    axes.set(xlabel="labels to learn from")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     # Made without names first: a legend leaves out those that begin with an underscore.
@@ -83,7 +85,7 @@ def _draw_map(figure: Figure, axes: Axes, counts: Counts, names: list[str]) -> N
         aspect="auto",
         interpolation="nearest",
     )
-    figure.colorbar(image, ax=axes, label="training labels (log scale; white: none)", pad=0.01)
+    figure.colorbar(image, ax=axes, label="labels to learn from (log scale; white: none)", pad=0.01)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
 
 

@@ -50,10 +50,10 @@ class RoundNote:
         self._moved = 0
 
     def of(self, row: Row) -> str | None:
-        """The note of a round's row; None of any other."""
+        """The note of a round's row, or of the scores after the last; None of any other."""
         if row["kind"] == "message":
             self._moved += row["wire_bytes"]
-        if row["kind"] != "round":
+        if row["kind"] not in ("round", "final"):
             return None
         scores = row["metrics"]["shared_global"] or row["metrics"]["private_local"] or {}
         score = next((f"{name} {value:.3f}, " for name, value in scores.items() if value is not None), "")
@@ -72,4 +72,5 @@ class RoundLog:
             for line in row.get("notes", ()):
                 print(f"note: {line}", flush=True)
         if note := self._note.of(row):
-            print(f"round {row['round']}: {note}", flush=True)
+            when = f"round {row['round']}" if row["kind"] == "round" else "after the last round"
+            print(f"{when}: {note}", flush=True)

@@ -3,13 +3,15 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 from fedkd_flwr.measure.ledger import LEDGER_FILE
 from fedkd_flwr.measure.link import NetworkOptions
+from fedkd_flwr.report.comparison_page import comparison_page
 from fedkd_flwr.report.figures import draw_curves
 from fedkd_flwr.report.html_page import PAGE_FILE, html_page
-from fedkd_flwr.report.runs import common_link, read_run
+from fedkd_flwr.report.runs import common_link, read_run, rounds_in_words, table_rows
 from fedkd_flwr.report.table import markdown_table
 from fedkd_flwr.report.verdict import verdict
 
@@ -17,6 +19,16 @@ _log = logging.getLogger("fedkd")
 
 CURVES_FILE = "curves.png"
 TABLE_FILE = "table.md"
+COMPARISON_DIR = "comparison"
+
+
+def comparison_dir(root: Path) -> Path:
+    """A new place for a comparison of several runs, beside the folders of their experiments.
+
+    Args:
+        root: where results go; the folders of experiments are in it.
+    """
+    return root / COMPARISON_DIR / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
 
 
 def write_report(
@@ -24,28 +36,37 @@ def write_report(
 ) -> tuple[Path, Path]:
     """Draw runs into one figure and one Markdown table, with a verdict on distillation under it.
 
-    Each run's page goes into its own directory; that of a single run to where the rest is written.
+    What is drawn of several runs never takes the place of what lies beside one of them. A comparison has a page of its
+    own; each run's page goes into the run's directory, that of a single run to where the rest is written.
 
     Args:
         directories: of the runs.
-        output: where to write; by default the first run's own directory.
+        output: where to write; by default the directory of a single run, and for several a new one in `comparison`
+            beside the folders of their experiments.
         link: over which bytes are turned into seconds; None takes what the runs name, see `common_link`.
 
     Returns:
         Paths of the figure and of the table.
     """
     runs = [read_run(directory) for directory in directories]
-    target = output or directories[0]
+    several = len(runs) > 1
+    beside = comparison_dir(directories[0].resolve().parent.parent) if several else directories[0]
+    target = output or beside
     target.mkdir(parents=True, exist_ok=True)
     figure, table = target / CURVES_FILE, target / TABLE_FILE
     asked, link = link, link or common_link(runs)
     draw_curves([run.curve(link) for run in runs], runs[0].metric, link.describe(), figure)
-    rows = markdown_table([run.table_row(link) for run in runs], link.describe())
-    text = rows + "".join(f"\n* {line}" for line in verdict(runs))
+    rows, lines = table_rows(runs, link), verdict(runs)
+    text = markdown_table(rows, link.describe(), rounds_in_words(runs)) + "".join(f"\n* {line}" for line in lines)
     table.write_text(text.rstrip() + "\n", encoding="utf-8")
-    if output is None or len(runs) == 1:  # of several runs elsewhere, each has its page already
+    if several:
+        page = comparison_page(runs, rows, lines, link.describe(), figure.read_bytes())
+        (target / PAGE_FILE).write_text(page, encoding="utf-8")
+    if output is None or not several:  # of several runs elsewhere, each has its page already
         for run in runs:
-            (output or run.directory).joinpath(PAGE_FILE).write_text(html_page(run, asked), encoding="utf-8")
+            (run.directory if several else target).joinpath(PAGE_FILE).write_text(
+                html_page(run, asked), encoding="utf-8"
+            )
     return figure, table
 
 

@@ -11,8 +11,16 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from fedkd_flwr.core.protocols import Batch, ClientData, Examples, PublicExamples, Task
-from fedkd_flwr.tasks.partition import NaturalPartition, OwnPartition, Rows, WholePartition
+from fedkd_flwr.core.protocols import (
+    Batch,
+    ClientData,
+    CommonAnswer,
+    DataReport,
+    Examples,
+    PublicExamples,
+    Task,
+)
+from fedkd_flwr.tasks.partition import NaturalPartition, OwnPartition, Rows, WholePartition, largest_class
 from fedkd_flwr.tasks.table import ClientRows
 
 
@@ -225,6 +233,14 @@ class TableTask(ABC):
     def public_examples(self) -> PublicExamples | None:
         """Those that every node has, where the experiment names any; a task with an option for it has them."""
         return None
+
+    def common_answer(self) -> CommonAnswer | None:
+        """The largest class of the training split, where labels are classes; see `HasCommonAnswer`."""
+        return largest_class(self.data_report()) if self.counts_labels else None
+
+    @abstractmethod
+    def data_report(self) -> DataReport:
+        """How the labels lie among the clients, and what was left out."""
 
     @abstractmethod
     def _examples(self, split: Literal["train", "test"], rows: Rows) -> SizedExamples:

@@ -15,7 +15,16 @@ from torch import nn
 
 from fedkd_flwr.core.modules import on_device_of
 from fedkd_flwr.core.predictions import Predictions
-from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs, PublicExamples
+from fedkd_flwr.core.protocols import (
+    Batch,
+    ClientData,
+    CommonAnswer,
+    DataReport,
+    Examples,
+    Models,
+    Outputs,
+    PublicExamples,
+)
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import (
     TaskOptions,
@@ -30,6 +39,7 @@ from fedkd_flwr.tasks.partition import (
     client_notes,
     hold_out,
     label_counts,
+    largest_class,
     partition_indices,
     require_client,
 )
@@ -113,13 +123,16 @@ class Digits:
             ValueError: if there is no such client.
         """
         require_client(partition_id, len(self._partition))
-        rows = self._train_rows[np.array(self._partition[partition_id])]
-        seed = derive_seed(self._seed, "client split", partition_id)
-        train, test = hold_out(rows, self._options.client_test_fraction, seed)
+        train, test = self._split(partition_id)
         counts = np.bincount(self._labels[train], minlength=NUM_CLASSES)
         return ClientData(
             self._examples(train), self._examples(test), label_counts=tuple(counts.tolist()), client=partition_id
         )
+
+    def _split(self, client: int) -> tuple[Rows, Rows]:
+        """Rows that a client learns from and rows that it scores on."""
+        rows = self._train_rows[np.array(self._partition[client])]
+        return hold_out(rows, self._options.client_test_fraction, derive_seed(self._seed, "client split", client))
 
     def test_data(self) -> Examples:
         """The server's 360 images."""
@@ -130,9 +143,15 @@ class Digits:
         rows = self._public_rows
         return None if rows is None else PublicRows(rows, self._public_images)
 
+    def common_answer(self) -> CommonAnswer | None:
+        """The digit that most training images show."""
+        return largest_class(self.data_report())
+
     def data_report(self) -> DataReport:
-        """Labels of each client's images, those included that it keeps for its own score."""
-        counts = label_counts(self._labels[self._train_rows].numpy(), self._partition, NUM_CLASSES)
+        """Labels of the images that each client learns from."""
+        counts = label_counts(
+            self._labels.numpy(), [self._split(n)[0] for n in range(len(self._partition))], NUM_CLASSES
+        )
         return DataReport(tuple(map(str, range(NUM_CLASSES))), counts, client_notes(counts))
 
     def build_models(self, seed: int) -> Models:

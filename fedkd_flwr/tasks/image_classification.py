@@ -152,7 +152,7 @@ class ImageClassification(TableTask):
         self._join_last = any(not isinstance(kind, CnnOptions) for kind in chosen_models(options).values())
 
     def data_report(self) -> DataReport:
-        """Labels of each client's rows of the training split, what was left out, and what is odd about the rows."""
+        """Labels of the images that each client learns from, what was left out, and what is odd about the rows."""
         return self._report
 
     @cached_property
@@ -163,7 +163,7 @@ class ImageClassification(TableTask):
             rows = train.digests()[self._usable_train], test.digests()[self._usable_test]
             repeated = repeated_notes(*rows, (train.split, test.split))
         heads = head_notes(self._options, IMAGE_HEAD, self._labels_read.names)
-        return self._rows.report(self._labels_read, (*self._notes, *repeated, *heads))
+        return self._rows.report(self._labels_read, (*self._notes, *repeated, *heads), rows_of=self._rows_of)
 
     def build_models(self, seed: int) -> Models:
         """Teacher and student as the options say; what has no pretrained weights is drawn from `seed`.

@@ -96,12 +96,12 @@ class NewsRecommendation(TableTask):
             options.client_test_fraction,
         )
         super().__init__(options, rows, of_test.usable, ENCODED_BYTES)
-        self._report = rows.report(alike, (*news.notes, *of_train.notes, *of_test.notes))
+        self._report = rows.report(alike, (*news.notes, *of_train.notes, *of_test.notes), self._rows_of)
         settings = {"pad_token_id": self._tokenizer.pad_token_id}
         self._encoders = Transformers(options, "AutoModel", (), settings)
 
     def data_report(self) -> DataReport:
-        """Training impressions of each client, and what was left out."""
+        """Impressions that each client learns from, and what was left out."""
         return self._report
 
     def build_models(self, seed: int) -> Models:

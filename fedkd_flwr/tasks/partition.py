@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field
 
+from fedkd_flwr.core.protocols import CommonAnswer, DataReport
 from fedkd_flwr.tasks.rare_labels import RareLabelsPartition, with_rare_labels
 
 if TYPE_CHECKING:
@@ -370,6 +371,15 @@ def client_notes(counts: Sequence[Sequence[int]]) -> tuple[str, ...]:
     more = f" and {len(of_one_class) - _NAMED_CLIENTS} more" if len(of_one_class) > _NAMED_CLIENTS else ""
     who = f"client {named} has" if len(of_one_class) == 1 else f"clients {named}{more} have"
     return (f"{who} training examples of one class only ({len(of_one_class)} of {len(counts)} clients)",)
+
+
+def largest_class(report: DataReport) -> CommonAnswer | None:
+    """The class that most training labels have; None where the counts are not of all, or there is but one class."""
+    totals = [sum(of_class) for of_class in zip(*report.label_counts, strict=True)]
+    if not report.of_all or len(totals) < 2 or not any(totals):
+        return None
+    label = totals.index(max(totals))
+    return CommonAnswer(label, report.label_names[label], totals[label] / sum(totals), len(totals))
 
 
 def require_client(partition_id: int, num_clients: int) -> None:

@@ -1,6 +1,6 @@
 """A table with two splits, divided among clients: the rows that can be used, and who has which."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -231,21 +231,39 @@ class ClientRows:
         """Whether a client's own test rows are of the test split."""
         return bool(len(self._test[client]))
 
-    def report(self, labels: Labels, notes: Sequence[str], remedy: str = "task.class_weights") -> DataReport:
-        """How the labels of the training split lie among the clients, and what is odd about them; see `DataReport`.
+    def learned(self, rows_of: Callable[[int], tuple[Rows, Rows]]) -> list[Rows]:
+        """Rows that each client learns from, without those that it keeps to score on.
+
+        A node's own data stands for every client, of which none is drawn: all of it is given for each, the same object.
+
+        Args:
+            rows_of: gives rows that a client learns from and rows that it scores on: `of`, or what a task makes of it.
+        """
+        return [rows_of(client)[0] for client in range(len(self))] if self._divided else self.train
+
+    def report(
+        self,
+        labels: Labels,
+        notes: Sequence[str],
+        remedy: str = "task.class_weights",
+        rows_of: Callable[[int], tuple[Rows, Rows]] | None = None,
+    ) -> DataReport:
+        """How the labels that clients learn from lie among them, and what is odd about the rows; see `DataReport`.
 
         Args:
             labels: of the table.
             notes: on its rows, which come first.
             remedy: the options to look at where one class has nearly all rows.
+            rows_of: see `learned`.
         """
+        learned = self.learned(rows_of or self.of)
         # A node's own data stands for each client: it is counted once.
-        distinct = {id(rows): rows for rows in self.train}
+        distinct = {id(rows): rows for rows in learned}
         of_each = label_counts(labels.train, [rows.tolist() for rows in distinct.values()], len(labels.names))
         counted = dict(zip(distinct, of_each, strict=True))
-        counts = tuple(counted[id(rows)] for rows in self.train)
+        counts = tuple(counted[id(rows)] for rows in learned)
         if not self._elsewhere:
-            mine = np.concatenate(list(distinct.values()))
+            mine = np.concatenate(list({id(rows): rows for rows in self.train}.values()))
             of_classes = class_notes(labels, (mine, self._usable_test), self._splits, remedy)
             notes = (*labels.notes, *notes, *of_classes, *client_notes(counts))
         return DataReport(labels.names, counts, tuple(notes), of_all=self._divided)

@@ -17,7 +17,7 @@ from torch import nn
 
 from fedkd_flwr.core.losses import NO_LABEL
 from fedkd_flwr.core.predictions import Predictions
-from fedkd_flwr.core.protocols import DataReport, Examples
+from fedkd_flwr.core.protocols import CommonAnswer, DataReport, Examples
 from fedkd_flwr.tasks.class_names import LabelNames, near_equal_notes
 from fedkd_flwr.tasks.classification_head import head_notes
 from fedkd_flwr.tasks.data_notes import digests, lacking_notes, repeated_notes
@@ -162,15 +162,19 @@ class TokenClassification(TextTask):
         weights = class_weights(options.class_weights, np.concatenate(self._tags["train"]), len(names))
         super().__init__(options, TOKEN_HEAD, tables, usable["test"], rows, names, weights)
         self._example_labels = torch.zeros((1, 2), dtype=torch.int64)
-        counts = tuple(tuple(int(n) for n in entities[mine].sum(axis=0)) for mine in rows.train)
+        counts = tuple(tuple(int(n) for n in entities[mine].sum(axis=0)) for mine in rows.learned(self._rows_of))
         self._kinds, self._counts = tuple(kinds), counts
         splits = str(tables["train"].split), str(tables["test"].split)
         if tables["train"] is not tables["test"]:
             test_entities = entity_counts([self._tags["test"][row] for row in usable["test"]], names, kinds)
-            of_splits = np.array(counts).reshape(-1, len(kinds)).sum(axis=0), test_entities.sum(axis=0)
+            of_splits = entities[np.concatenate(rows.train)].sum(axis=0), test_entities.sum(axis=0)
             notes.extend(lacking_notes(kinds, *of_splits, splits, "type"))
             notes.extend(repeated_notes(repeated[0], repeated[1], splits))
         self._notes = (*notes, *near_equal_notes(kinds), *self._cut_off(usable), *client_notes(counts))
+
+    def common_answer(self) -> CommonAnswer | None:
+        """That no word is part of an entity."""
+        return CommonAnswer(self._label_names.index(OUTSIDE), f"{OUTSIDE}, no entity", None, len(self._label_names))
 
     def data_report(self) -> DataReport:
         """Entities of each type on each client, what was left out or cut off, and what is odd about the rows."""

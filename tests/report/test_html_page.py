@@ -92,13 +92,12 @@ def test_a_page_stands_in_the_run_directory_and_says_what_the_summary_says(run: 
     assert "energy_start" in page.text  # of the configuration
 
 
-def test_a_page_of_several_runs_stands_beside_each_and_that_of_one_where_it_was_asked_for(
-    run: Run, tmp_path: Path
-) -> None:
+def test_the_page_of_a_run_stands_beside_it_and_where_it_was_asked_for(run: Run, tmp_path: Path) -> None:
     first, second = run("num_rounds=1"), run("num_rounds=1", "seed=5")
     write_report([first, second], tmp_path / "both")
-    assert not any((place / PAGE_FILE).exists() for place in (first, second, tmp_path / "both"))
-    write_report([first, second])
+    assert not any((place / PAGE_FILE).exists() for place in (first, second))
+    for place in (first, second):
+        write_report([place])
     assert "seed 1" in (first / PAGE_FILE).read_text() and "seed 5" in (second / PAGE_FILE).read_text()
     write_report([second], tmp_path / "one")
     assert (tmp_path / "one" / PAGE_FILE).read_text() == (second / PAGE_FILE).read_text()
@@ -169,7 +168,7 @@ def test_scores_that_are_absent_or_not_finite_are_dashes_and_no_points(tmp_path:
     metrics = NO_METRICS | {"shared_global": {"accuracy": 0.5, "loss": None}}
     directory = written(tmp_path / "run", START, round_row(0, metrics=metrics), round_row(1, metrics=metrics))
     page = page_of(directory)
-    assert page.text.count("0.500") == 2  # tile and table
+    assert page.text.count("0.500") == 3  # tiles of the last round and of the last rounds, and the table
     assert "nan" not in page.text.lower() and "None" not in page.text
 
 
@@ -272,3 +271,17 @@ def test_bars_stand_side_by_side_within_their_round() -> None:
     spans = sorted((float(x), float(x) + float(width)) for x, width, _ in bars)
     assert all(end <= start + 0.02 for (_, end), (start, _) in pairwise(spans))
     assert sorted(float(height) > 0 for *_, height in bars) == [False, True, True, True]
+
+
+def test_the_scores_at_the_end_are_no_round_beyond_the_last(run: Run) -> None:
+    page = html_page(read_run(run("num_rounds=2")))
+    assert "<title>up, round end: " in page and "<title>up, round 3: " not in page
+
+
+def test_few_clients_have_no_tenth(run: Run) -> None:
+    page = html_page(read_run(run("num_rounds=1")))
+    assert "90th percentile of clients" in page and "tenth ends" not in page and "tenth begins" not in page
+
+
+def test_equal_scores_are_drawn_below_one() -> None:
+    assert _ticks([0.97, 0.97])[-1] == pytest.approx(1.0)

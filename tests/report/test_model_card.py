@@ -33,7 +33,13 @@ def test_a_card_states_what_the_ledger_says(run: Run) -> None:
     for scope in ("shared_global", "shared_local", "private_local"):
         assert f"| {summary['metrics'][scope]['accuracy']:.4f} |" in text
     assert f"{summary['bytes']['per_client'] / 1e6:.3f} MB" in text
-    assert f"{100 * summary['bytes']['reduction_vs_dense_teacher']:.2f} %" in text
+    assert f"{100 * summary['bytes']['reduction_vs_dense_teacher']:.1f} %" in text
+    assert "## Scores after round 3" in text
+    assert "| what left a client | the update of the student through svd, with scores" in text
+    assert "the teacher and the data stay |" in text
+    assert (
+        f"| always '0', on the server's test set | accuracy | {summary['majority']['scores']['accuracy']:.4f} |" in text
+    )
     assert "| clients | 3 |" in text and "| rounds | 3 |" in text and "| seed | 1 |" in text
 
 

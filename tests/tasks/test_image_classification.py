@@ -100,6 +100,14 @@ def test_a_client_trains_on_no_more_of_a_class_than_asked_and_scores_on_as_many(
     assert images(data.test) == images(whole.test)
 
 
+@pytest.mark.parametrize("changes", [{}, {"partition": NATURAL}, {"max_examples_per_class": 2}], ids=str)
+def test_the_report_counts_the_images_that_clients_learn_from(changes: dict[str, Any], stored: Path) -> None:
+    task = build(stored, **changes)
+    counts = task.data_report().label_counts
+    assert counts == tuple(task.client_data(client).label_counts for client in range(NUM_CLIENTS))
+    assert [sum(mine) for mine in counts] == [len(task.client_data(client).train) for client in range(NUM_CLIENTS)]
+
+
 def test_the_seed_decides_which_examples_of_a_class_those_are(stored: Path) -> None:
     first, again, other = (
         images(build(stored, seed=seed, partition=NATURAL, max_examples_per_class=1).client_data(0).train)

@@ -102,7 +102,7 @@ def test_each_client_holds_its_own_rows_only_and_together_they_hold_all(data: st
     expected = [(pieces(tiny_bert, text), label) for text, label in zip(TEXTS, LABELS, strict=True)]
     assert len(set(expected)) == len(expected)
     assert sorted(held) == sorted(expected)
-    counts = [Counter(label for side in both(task, client) for _, label in rows_of(side)) for client in range(3)]
+    counts = [Counter(label for _, label in rows_of(task.client_data(client).train)) for client in range(3)]
     report = task.data_report()
     assert report.label_names == ("0", "1", "2")
     assert report.label_counts == tuple(tuple(mine[label] for label in range(3)) for mine in counts)
