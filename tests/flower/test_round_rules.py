@@ -147,7 +147,7 @@ def test_a_retry_within_the_round_raises_the_attempt_and_trains_once(
             raise ConnectionError("lost")
         return reply
 
-    world = make("server.num_attempts=3", act=loses_the_first)
+    world = make("server.num_attempts=3", "server.round_timeout_seconds=60", act=loses_the_first)
     instructions = sent(world, monkeypatch)
     assert [(i.server_round, i.attempt) for _, i in instructions if i.attempt > 1] == [(2, 2), (4, 2)]
     assert all(len(row["clients"]) == 4 for row in world.rows("round")[1:])
