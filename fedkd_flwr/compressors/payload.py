@@ -190,9 +190,9 @@ def unpack(payload: bytes, spec: Spec, codec_id: int) -> Parts:
     """Read what `pack` wrote.
 
     Raises:
-        PayloadError: for anything else: more bytes than `most_bytes`, another magic, version, codec or spec, an unknown
-            form, a rank that the tensor can't have, a length other than the header asks for, a number that is not finite, bits that stand for
-            nothing.
+        PayloadError: for anything else: another magic, version, codec or spec, an unknown form, a rank that the
+            tensor can't have, a length other than the header asks for, more bytes than `most_bytes`, a number that is
+            not finite, bits that stand for nothing.
     """
     _check_header(payload, spec, codec_id)
     entries, offset = _read_table(payload, spec)

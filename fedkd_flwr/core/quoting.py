@@ -1,4 +1,4 @@
-"""Values of others in messages for people: short, whatever they are, and found in time that does not follow their size."""
+"""Values of others in messages for people: short whatever they are, and in a time that does not follow their size."""
 
 from reprlib import Repr
 
@@ -6,7 +6,7 @@ _MOST_CHARACTERS = 80
 
 
 class _Short(Repr):
-    """A representation that looks at a few items of a few levels only, so that what is nested in itself costs nothing."""
+    """A representation of a few items of a few levels: what is nested often costs no more."""
 
     def __init__(self) -> None:
         super().__init__()
