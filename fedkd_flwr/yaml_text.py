@@ -55,7 +55,7 @@ def read_yaml(text: str) -> Any:
             raise ValueError(f"aliases (*name) stand for more than {_MOST_REPEATED} values; write fewer of them")
         return loader.construct_document(node)
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _expanded(node: yaml.Node, sizes: dict[int, int]) -> int:

@@ -42,7 +42,7 @@ def unplaced(context: Context) -> Iterator[None]:
         if isinstance(error, _AS_THEY_ARE):
             error.args = (told,)
             raise error.with_traceback(None) from None
-        said = without_places(reason_of(error), places)
+        said = without_places(reason_of(error), places, str(context.run_config.get("config-text", "")))
         raise NodeError(said) from None
 
 
