@@ -41,18 +41,17 @@ def carried(content: RecordDict, most_bytes: int | None = None) -> bytes | None:
     Raises:
         MessageError: if it is longer, or can't be read.
     """
-    if most_bytes is not None and (found := carried_bytes(content)) > most_bytes:
-        raise MessageError(f"payload must have at most {most_bytes} bytes, got {found}", kind="payload")
     record = content.array_records.get(_ARRAYS)
     if (inline := _inline(content)) is not None:
         if not isinstance(inline, bytes) or record is not None:
             raise MessageError("payload must be bytes of a configuration or one array, got something else, or both")
+        _require_length(len(inline), most_bytes)
         return inline
     if record is None:
         return None
     if list(record) != [_PAYLOAD]:
         raise MessageError("arrays must hold one array named 'payload'")
-    return _read_npy(record[_PAYLOAD])
+    return _read_npy(record[_PAYLOAD], most_bytes)
 
 
 def carried_bytes(content: RecordDict) -> int:
@@ -63,7 +62,7 @@ def carried_bytes(content: RecordDict) -> int:
     return sum(max(0, len(array.data) - _NPY_HEADER_BYTES) for array in record.values()) if record else 0
 
 
-def _read_npy(array: Array) -> bytes:
+def _read_npy(array: Array, most_bytes: int | None) -> bytes:
     """The bytes of one axis of uint8 as numpy.save writes it.
 
     Not read by numpy.load, which allocates what a header claims before it looks for it, and opens archives.
@@ -74,10 +73,16 @@ def _read_npy(array: Array) -> bytes:
             f"payload must be one array of uint8 with one axis, as numpy writes it, got {cut(array.dtype)} with "
             f"{len(array.shape)} axes"
         )
+    _require_length(len(array.data) - _NPY_HEADER_BYTES, most_bytes)
     payload = array.data[_NPY_HEADER_BYTES:]
     if (claimed := int(header["size"])) != len(payload):
         raise MessageError(f"payload must have the {claimed} bytes that it claims, got {len(payload)}")
     return payload
+
+
+def _require_length(found: int, most_bytes: int | None) -> None:
+    if most_bytes is not None and found > most_bytes:
+        raise MessageError(f"payload must have at most {most_bytes} bytes, got {found}", kind="payload")
 
 
 def _inline(content: RecordDict) -> object:
