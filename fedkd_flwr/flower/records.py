@@ -262,9 +262,11 @@ class Reply:
 
     def within(self, limits: Limits) -> "Reply":
         """The same without metrics that are out of their ranges, which would make the server refuse it."""
-        names = {"s": "shared", "p": "private", "e": "ensemble", "t": "train"}
-        groups = _groups(self)
-        return replace(self, **{name: limits.tellable(letter, groups[letter]) for letter, name in names.items()})
+        shared, private, ensemble = (
+            limits.tellable("s", scores) for scores in (self.shared, self.private, self.ensemble)
+        )
+        train = limits.tellable("t", self.train)
+        return replace(self, shared=shared, private=private, ensemble=ensemble, train=train)
 
     def to_records(self) -> RecordDict:
         """As Flower records: a payload, and one metric record with groups told apart by a letter."""
@@ -305,7 +307,7 @@ class Reply:
         metrics = dict(record)
         if _take(metrics, "lineage", int) != short_lineage(lineage):
             raise MessageError("the client works from another lineage than the server", kind="stale")
-        payload = carried(content, limits and limits.upload_bytes)
+        payload = carried(content, limits.upload_bytes if limits is not None else None)
         if payload is not None and _take(metrics, "checksum", int) != crc32(payload):
             raise MessageError("payload is damaged: its checksum differs", kind="payload")
         groups = _read_groups(metrics, limits)
