@@ -19,6 +19,7 @@ from rich.table import Table
 import fedkd_flwr
 from fedkd_flwr.cli_deploy import deploy
 from fedkd_flwr.core.protocols import DataElsewhereError
+from fedkd_flwr.core.quoting import quoted
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, Experiment, baselines_of, load
 from fedkd_flwr.flower.budget import check_accounting
 from fedkd_flwr.flower.cluster import joined_cluster
@@ -30,7 +31,7 @@ from fedkd_flwr.flower.processes import ENDING
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.server import check_resumable
 from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
-from fedkd_flwr.measure.ledger import LEDGER_FILE
+from fedkd_flwr.measure.ledger import LEDGER_FILE, LedgerError
 from fedkd_flwr.measure.link import NetworkOptions
 from fedkd_flwr.report import (
     common_link,
@@ -184,7 +185,7 @@ def report(
         require_tensorboard()
     directories = [each for n, each in enumerate(directories) if _is_new(each, directories[:n])] or directories
     if other := [text for text in overrides or () if text.partition("=")[0].strip().partition(".")[0] != "network"]:
-        raise ConfigError(f"what was run can't be set any more, only network can, got {other[0]!r}")
+        raise ConfigError(f"what was run can't be set any more, only network can, got {quoted(other[0])}")
     for directory in directories:
         if not (directory / LEDGER_FILE).is_file():
             raise ConfigError(f"{str(directory)!r} holds no {LEDGER_FILE}; give results/<experiment>/<run>")
@@ -193,6 +194,8 @@ def report(
         _show(directories, _place_of_report(directories, output_dir), link)
         for directory in directories if tensorboard else ():
             _show_events(directory)
+    except LedgerError as error:
+        raise ConfigError(str(error)) from None
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"a {LEDGER_FILE} can't be read as the ledger of a run: {error!r}") from error
 

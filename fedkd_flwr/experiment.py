@@ -17,14 +17,18 @@ from fedkd_flwr.algorithms import ALGORITHMS, Algorithm, AlgorithmOptions, Basel
 from fedkd_flwr.compressors import COMPRESSORS, CompressorOptions
 from fedkd_flwr.core.arrays import Spec
 from fedkd_flwr.core.protocols import ActingTask, Codec, Direction, Task
+from fedkd_flwr.core.quoting import cut, quoted
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.measure.link import NetworkOptions
 from fedkd_flwr.privacy import PrivacyOptions
 from fedkd_flwr.server_options import DpFixedClippingAggregation, EarlyStopOptions, FedAvgAggregation, ServerOptions
 from fedkd_flwr.tasks import TASKS, TaskOptions
+from fedkd_flwr.yaml_text import YAML_ERRORS, read_yaml
 
 CONFIG_FILE = "config.yaml"  # the resolved experiment, in the directory of each run
 _NAME_LENGTH = 64
+_MOST_CHARACTERS = 2000  # of an error's text, which may quote a file
+_MOST_LEVELS = 32  # of an override's key
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # experiment names and client keys become file names
 
 
@@ -253,8 +257,8 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Experiment:
 def parse(text: str, overrides: Iterable[str] = (), source: str = "config") -> Experiment:
     """Read an experiment from YAML text; see `load`."""
     try:
-        raw = yaml.load(text, _UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or a number may be no date and no number
+        raw = read_yaml(text)
+    except YAML_ERRORS as error:
         raise ConfigError(f"{source} is not YAML: {_one_line(str(error))}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} must be a mapping with keys like name, task and algorithm, got {_kind(raw)}")
@@ -266,32 +270,22 @@ def parse(text: str, overrides: Iterable[str] = (), source: str = "config") -> E
         raise ConfigError(describe(error)) from None
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """The safe loader, which would take the last of two equal keys without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"key {twice[0]!r} stands twice in one mapping")
-        return super().construct_mapping(node, deep)
-
-
 def _overridden(raw: dict[str, Any], override: str) -> dict[str, Any]:
     key, separator, text = override.partition("=")
-    path = key.strip().split(".")
-    if not separator or not all(path):
-        raise ConfigError(f"an override must look like key.key=value, got {override!r}")
+    path, shown = key.strip().split("."), cut(key)
+    if not separator or not all(path) or len(path) > _MOST_LEVELS:
+        raise ConfigError(f"an override must look like key.key=value, got {quoted(override)}")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(f"override {key.strip()}: {text!r} is not a YAML value") from None
+        value = read_yaml(text)
+    except YAML_ERRORS:
+        raise ConfigError(f"override {shown}: {quoted(text)} is not a YAML value") from None
     if len(path) > 1 and path[-1] == "name":
-        kept = _kept_options(raw, path[:-1], str(value))
-        return cast(dict[str, Any], _set(raw, path[:-1], kept | {"name": value}, key.strip()))
-    return cast(dict[str, Any], _set(raw, path, value, key.strip()))
+        kept = _kept_options(raw, path[:-1], value)
+        return cast(dict[str, Any], _set(raw, path[:-1], kept | {"name": value}, shown))
+    return cast(dict[str, Any], _set(raw, path, value, shown))
 
 
-def _kept_options(raw: dict[str, Any], path: list[str], name: str) -> dict[str, Any]:
+def _kept_options(raw: dict[str, Any], path: list[str], name: object) -> dict[str, Any]:
     """Options of a section that the plug-in of another name knows too."""
     options: object = raw
     candidates: list[type[BaseModel]] = [Experiment]
@@ -314,7 +308,7 @@ def _set(node: object, path: list[str], value: object, key: str) -> object:
     if node is None:
         node = {}
     if not isinstance(node, dict):
-        raise ConfigError(f"override {key}: {path[0]!r} is inside {_kind(node)}, not inside a mapping")
+        raise ConfigError(f"override {key}: {quoted(path[0])} is inside {_kind(node)}, not inside a mapping")
     return node | {path[0]: _set(node.get(path[0]), path[1:], value, key)}
 
 
@@ -339,7 +333,7 @@ def _describe(detail: ErrorDetails) -> str:
         tags = context.get("expected_tags", "")
         name = got.get("name") if isinstance(got, Mapping) else got
         names = str(tags) or ", ".join(repr(n) for n in _names_in(detail["loc"]))
-        return f"{key}.name: must be one of {names}, got {name!r}"
+        return f"{key}.name: must be one of {names}, got {quoted(name)}"
     message = _one_line(detail["msg"].removeprefix("Value error, "))
     if kind == "value_error":
         return f"{key}: {message}" if key else message
@@ -358,7 +352,7 @@ def _describe(detail: ErrorDetails) -> str:
     elif kind == "invalid_key":
         message = "text, as every key"
     allowed = message.removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{key}: must be {allowed}, got {_kind(got) if isinstance(got, dict | list) else repr(got)}"
+    return f"{key}: must be {allowed}, got {_kind(got) if isinstance(got, dict | list) else quoted(got)}"
 
 
 def _locate(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
@@ -370,7 +364,7 @@ def _locate(location: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | Non
         if len(candidates) > 1 and (chosen := [m for m in candidates if m.model_fields["name"].default == part]):
             candidates = chosen
             continue
-        key.append(str(part))
+        key.append(cut(str(part)))
         holder = candidates[0] if len(candidates) == 1 else None
         info = holder.model_fields.get(str(part)) if holder else None
         candidates = _models_in(info.annotation) if info else []
@@ -392,8 +386,8 @@ def _models_in(annotation: object) -> list[type[BaseModel]]:
 
 def _kind(value: object) -> str:
     names = {dict: "a mapping", list: "a list", str: "text", type(None): "nothing"}
-    return names.get(type(value), repr(value))
+    return names.get(type(value)) or quoted(value)
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return cut(text, _MOST_CHARACTERS)

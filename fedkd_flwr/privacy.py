@@ -69,21 +69,58 @@ def privatised(update: Arrays, options: PrivacyOptions, random_bytes: RandomByte
     Raises:
         ValueError: if the update holds a NaN or an infinity.
     """
+    deviation = options.noise_multiplier * options.clip_norm
+    step = grid_step(deviation)
+    noisy = {}
+    for name, value in clipped_on_grid(update, options.clip_norm, step).items():
+        if deviation:
+            value = (value + noise_on_grid(value.shape, deviation, step, random_bytes)) * step
+        noisy[name] = np.asarray(value, np.float32)
+    return noisy
+
+
+def grid_step(deviation: float) -> float:
+    """Distance of neighbours on the grid of such noise, a power of 2; 0 where there is no noise and no grid."""
+    return 2.0 ** (math.floor(math.log2(deviation)) - _GRID_BITS) if deviation else 0.0
+
+
+def clipped_on_grid(update: Arrays, clip_norm: float, step: float) -> dict[str, NDArray[np.float64]]:
+    """An update that is no longer than the clip norm.
+
+    Args:
+        update: parameters, float32.
+        clip_norm: see `PrivacyOptions`.
+        step: distance on the grid; 0 for none.
+
+    Returns:
+        Whole multiples of the step, towards zero, so that rounding makes no update longer; without a grid the numbers
+        themselves.
+
+    Raises:
+        ValueError: if the update holds a NaN or an infinity.
+    """
     require_finite(update)
     exact = {name: np.asarray(value, np.float64) for name, value in update.items()}
     norm = math.sqrt(sum(float(np.vdot(value, value)) for value in exact.values()))
-    scale = min(1.0, options.clip_norm / norm * _SLACK) if norm else 1.0
-    deviation = options.noise_multiplier * options.clip_norm
-    if deviation == 0:
-        return {name: np.asarray(value * scale, np.float32) for name, value in exact.items()}
-    step = 2.0 ** (math.floor(math.log2(deviation)) - _GRID_BITS)
-    noisy = {}
-    for name, value in exact.items():
-        # Towards zero, so that rounding makes no update longer.
-        on_grid = np.trunc(value * (scale / step))
-        noise = np.rint(standard_normal(value.size, random_bytes).reshape(value.shape) * (deviation / step))
-        noisy[name] = np.asarray((on_grid + noise) * step, np.float32)
-    return noisy
+    scale = min(1.0, clip_norm / norm * _SLACK) if norm else 1.0
+    if not step:
+        return {name: np.asarray(value * scale) for name, value in exact.items()}
+    return {name: np.asarray(np.trunc(value * (scale / step))) for name, value in exact.items()}
+
+
+def noise_on_grid(
+    shape: tuple[int, ...], deviation: float, step: float, random_bytes: RandomBytes = os.urandom
+) -> NDArray[np.float64]:
+    """Gaussian noise of a standard deviation, in whole multiples of a step.
+
+    Args:
+        shape: of the noise.
+        deviation: above 0, in the units of the step.
+        step: see `grid_step`.
+        random_bytes: source of the noise; see `privatised`.
+    """
+    noise = standard_normal(math.prod(shape), random_bytes).reshape(shape)
+    return np.asarray(np.rint(noise * (deviation / step)))
 
 
 def standard_normal(count: int, random_bytes: RandomBytes = os.urandom) -> NDArray[np.float64]:

@@ -124,7 +124,8 @@ class DpFixedClippingAggregation(AggregatorOptions):
     """The mean of updates that the server clips, with the server's noise: central differential privacy.
 
     McMahan et al., ICLR 2018, https://arxiv.org/abs/1710.06963. Clients trust the server with their updates; who sees
-    only broadcasts or the model is what this is against. The noise is numpy's, not the operating system's.
+    only broadcasts or the model is what this is against. The noise is drawn as clients draw theirs, from the operating
+    system; no seed repeats it.
 
     Attributes:
         clipping_norm: length (2-norm over all parameters) that no update exceeds.

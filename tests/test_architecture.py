@@ -18,6 +18,7 @@ LAYERS = {
     "measure": 1,
     "server_options": 1,
     "privacy": 1,
+    "yaml_text": 1,
     "experiment": 2,
     "flower": 3,
     "report": 3,

@@ -3,14 +3,18 @@
 import fcntl
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedkd_flwr import cli
 from fedkd_flwr.experiment import CONFIG_FILE
+from fedkd_flwr.flower.checkpoint import Checkpoints
 from fedkd_flwr.flower.commands import Commands
 from fedkd_flwr.flower.errors import RunError
+from fedkd_flwr.flower.runtime import runtime_of
+from fedkd_flwr.flower.server import parts_of
 from fedkd_flwr.flower.store import REFERENCES_DIR, ClientStore
 from fedkd_flwr.measure.summary import SUMMARY_FILE, read_summary
 from tests.conftest import ROOT, SMALL, Run, small
@@ -459,6 +463,33 @@ def test_a_damaged_summary_is_written_again(tmp_path: Path) -> None:
     (run_dir / SUMMARY_FILE).write_text("{")
     assert fedkd("resume", str(run_dir), "--in-process") == 0
     assert read_summary(run_dir)["status"] == "completed"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("command", ["resume", "status", "report"])
+def test_a_damaged_line_of_the_ledger_is_one_line_that_says_where(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = begun(tmp_path)
+    row = '{"kind": "event", "elapsed_seconds": 1.0}\n'
+    (run_dir / "ledger.jsonl").write_text(row + "{broken}\n" + row)
+    assert fedkd(command, str(run_dir)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fedkd: line 2 of {str(run_dir / 'ledger.jsonl')!r} is damaged: ")
+    assert len(said.splitlines()) == 1
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_one_that_lacks_a_part(tmp_path: Path) -> None:
+    run_dir = begun(tmp_path, "", None, "num_rounds=1")
+    assert fedkd("resume", str(run_dir), "--in-process") == 0
+    student = (run_dir / "student" / "model.safetensors").read_bytes()
+    checkpoints = Checkpoints(run_dir, keep=9)
+    newest = checkpoints.latest()
+    assert newest is not None
+    assert parts_of(runtime_of(small("num_rounds=1"))) == newest.parts.keys() - {"account"}
+    checkpoints.save(replace(newest, parts={name: of for name, of in newest.parts.items() if name != "roster"}))
+    (run_dir / SUMMARY_FILE).unlink()
+    assert fedkd("resume", str(run_dir), "--in-process") == 0
+    assert (run_dir / "student" / "model.safetensors").read_bytes() == student
 
 
 def test_a_run_that_is_still_going_on_is_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

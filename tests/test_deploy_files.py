@@ -168,3 +168,13 @@ def test_no_key_gets_into_the_repository(name: str) -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a clone")
     assert subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
+def test_a_unit_takes_no_more_than_a_share_of_the_memory(path: Path) -> None:
+    [share] = unit(path)["MemoryMax"]
+    assert share in ("50%", "75%")
+
+
+def test_containers_have_a_limit_of_memory() -> None:
+    assert all(service["mem_limit"] == "${FEDKD_MEMORY:-16g}" for service in compose().values())

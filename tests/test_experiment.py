@@ -402,3 +402,39 @@ def test_a_server_that_can_work_so_is_accepted(overrides: tuple[str, ...], sampl
 def test_options_of_an_aggregator_without_a_name_are_those_of_the_mean() -> None:
     aggregator = parse(BASE, ["server.aggregator={weighting: num_examples}"]).server.aggregator
     assert aggregator.model_dump() == {"name": "fedavg", "weighting": "num_examples"}
+
+
+NESTED = "&a [x, x, x, x, x, x, x, x, x]"
+BOMB = f"a: {NESTED}\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]\n" + "".join(
+    f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]\n" for before, after in zip("bcdefg", "cdefgh", strict=True)
+)
+HUGE = "0x" + "f" * 20_000  # Python refuses to write it in decimal, and so do libraries that quote it
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        (BASE + BOMB + "seed: *h", ()),
+        (BASE.replace("name: base", "name: *h").replace("\nname", f"\n{BOMB}name"), ()),
+        (BASE + f"seed: {HUGE}", ()),
+        (BASE, (f"seed={HUGE}",)),
+        (BASE, (f"num_rounds={'x' * 100_000}",)),
+        (BASE, (f"{'x' * 100_000}=1",)),
+        (BASE, ("x" * 100_000,)),
+        (BASE, (".".join(["a"] * 100_000) + "=1",)),
+        (BASE, ("compressor.name=[" + "x, " * 100_000 + "]",)),
+        (BASE, ("compressor=" + "x" * 100_000,)),
+        (BASE, ("task.name=" + HUGE,)),
+        (BASE + "x" * 100_000 + ": 1\n", ()),
+        (BASE + ("x" * 100_000 + ": 1\n") * 2, ()),
+        (BASE + "seed: !" + "x" * 100_000 + " 1\n", ()),
+    ],
+)
+def test_an_error_quotes_little_of_what_it_is_about(text: str, overrides: tuple[str, ...]) -> None:
+    message = message_of(text, *overrides)
+    assert len(message) < 3000
+    assert "\n" not in message
+
+
+def test_an_override_can_not_name_a_key_twice() -> None:
+    assert "is not a YAML value" in message_of(BASE, "task.student={num_layers: 1, num_layers: 2}")

@@ -44,6 +44,11 @@ class AdapterCodec:
         self._max_rank = max_rank
         self.spec: Spec = self._spec(max_rank)
 
+    @property
+    def most_bytes(self) -> int:
+        """Length of a payload of the largest rank."""
+        return self.payload_bytes(self._max_rank)
+
     def payload_bytes(self, rank: int) -> int:
         """Of adapters of a rank, header included."""
         return HEADER_BYTES + sum(tensor.size for tensor in self._spec(rank)) * self._dtype.itemsize

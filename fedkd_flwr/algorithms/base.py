@@ -25,12 +25,19 @@ from torch import nn
 from fedkd_flwr.core.arrays import Array, Arrays, Spec, apply_update, difference
 from fedkd_flwr.core.modules import exchanged_spec, read_arrays, write_arrays
 from fedkd_flwr.core.predictions import Predictions
-from fedkd_flwr.core.protocols import ClientData, Codec, Direction, Examples, Models, Task
+from fedkd_flwr.core.protocols import ClientData, Codec, Direction, Examples, Models, Range, Task
 
 Exchanges = Literal["updates", "outputs", "nothing"]
 Width = Callable[[], int]  # of a checkpoint's hidden states, which may lie on a hub: asked for when it is needed
 Metrics = Mapping[str, float]
 MakeCodec = Callable[[Spec, Direction], Codec]
+
+# Of means over local steps. A loss of acting may be below 0; beyond these bounds a model has diverged.
+_LOSS: Range = (-1e6, 1e6)
+TRAIN_METRICS: Mapping[str, Range] = {
+    **dict.fromkeys(("train_loss", "teacher_train_loss", "distillation_loss"), _LOSS),
+    "min_divisor": (0.0, 1e6),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +217,7 @@ class Algorithm:
             joins late then by sending it these instead.
         weighs_claims: whether outputs of a client count for as many examples as it claims to have; then the claim is
             bounded as it is for updates.
+        train_metrics: every metric that local training may give, by name, with its range; see `Task.metrics`.
     """
 
     exchanges: Exchanges
@@ -227,6 +235,7 @@ class Algorithm:
     length: Length = field(default_factory=Length)
     shows_history: bool = False
     weighs_claims: bool = False
+    train_metrics: Mapping[str, Range] = field(default_factory=lambda: TRAIN_METRICS)
 
 
 class AlgorithmOptions(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):

@@ -72,6 +72,14 @@ class LabelOutputsCodec:
         self._with_round = with_round
         self.spec: Spec = tuple([*spec, TensorSpec(ROUND, (1,))] if with_round else spec)
 
+    @property
+    def most_bytes(self) -> int:
+        """Length of the longest payload: every label is there, every count takes as many bytes as it may."""
+        num_counts = self._num_labels + self._with_round
+        of_bits = -(-self._num_labels // 8)
+        of_rows = self._num_labels * (self._num_labels - 1) * self._dtype.itemsize
+        return of_bits + _MOST_VARINT_BYTES * num_counts + of_rows
+
     def initial_state(self) -> Arrays:
         """Nothing is kept."""
         return {}
@@ -96,6 +104,7 @@ class LabelOutputsCodec:
         Raises:
             ValueError: if the payload is not one of these.
         """
+        require_at_most(payload, self.most_bytes)
         reader = Reader(payload)
         found = self.read(reader)
         reader.end()
@@ -211,6 +220,16 @@ def varint(value: int) -> bytes:
         found.append(value & 0x7F | 0x80)
         value >>= 7
     return bytes([*found, value])
+
+
+def require_at_most(payload: bytes, most_bytes: int) -> None:
+    """Refuse a payload that no encoder wrote, before any of it is read.
+
+    Raises:
+        ValueError: if it is longer than that.
+    """
+    if len(payload) > most_bytes:
+        raise ValueError(f"payload must have at most {most_bytes} bytes, got {len(payload)}")
 
 
 class Reader:

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedkd_flwr.algorithms.label_outputs import LabelOutputsCodec, LabelOutputsMean, Reader, Weighting, varint
+from fedkd_flwr.algorithms.label_outputs import (
+    LabelOutputsCodec,
+    LabelOutputsMean,
+    Reader,
+    Weighting,
+    require_at_most,
+    varint,
+)
 from fedkd_flwr.core.arrays import Array, Arrays, Spec, TensorSpec, require_finite
 
 SEEDS, MINOR, MAJOR, DEVICE = "seeds", "minor", "major", "device"
@@ -131,6 +138,11 @@ class SeededOutputsCodec:
             int(np.prod(self._shape, dtype=np.int64)) + 2 * len(varint(self._num_labels - 1))
         )
 
+    @property
+    def most_bytes(self) -> int:
+        """Length of the longest payload: outputs of every label, the number of mixtures, and all of these."""
+        return self._outputs.most_bytes + len(varint(self._num_seeds)) + self.mixtures_bytes
+
     def initial_state(self) -> Arrays:
         """Nothing is kept."""
         return {}
@@ -180,6 +192,7 @@ class SeededOutputsCodec:
         Raises:
             ValueError: if the payload is not one of these.
         """
+        require_at_most(payload, self.most_bytes)
         reader = Reader(payload)
         found = self._outputs.read(reader)
         count = reader.varint()

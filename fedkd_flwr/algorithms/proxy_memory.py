@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedkd_flwr.algorithms.label_outputs import require_at_most
 from fedkd_flwr.core.arrays import Array, Arrays, Spec, TensorSpec, require_finite
-from fedkd_flwr.core.entropy_coding import BitReader, BitWriter, read_flags, write_flags
+from fedkd_flwr.core.entropy_coding import BitReader, BitWriter, most_bits_of_flags, read_flags, write_flags
 from fedkd_flwr.core.proxy_states import ProxyGrid
 
 POLICIES, VISITED = "policies", "visited"
@@ -63,6 +64,12 @@ class ProxyMemoryCodec:
         self._largest = 2**bits - 1
         self.spec: Spec = (TensorSpec(POLICIES, (num_proxies, num_actions)), TensorSpec(VISITED, (num_proxies,)))
 
+    @property
+    def most_bytes(self) -> int:
+        """Length of the longest payload: every proxy was visited."""
+        numbers = self._num_proxies * (self._num_actions - 1) * self._bits
+        return -(-(most_bits_of_flags(self._num_proxies) + numbers) // 8)
+
     def initial_state(self) -> Arrays:
         """Nothing is kept."""
         return {}
@@ -89,6 +96,7 @@ class ProxyMemoryCodec:
         Raises:
             ValueError: if the payload is not one of these.
         """
+        require_at_most(payload, self.most_bytes)
         reader = BitReader(payload)
         visited = read_flags(self._num_proxies, reader)
         given = reader.numbers(int(visited.sum()) * (self._num_actions - 1), self._bits)

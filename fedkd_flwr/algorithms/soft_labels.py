@@ -54,6 +54,11 @@ class SoftLabelCodec:
         self.spec: Spec = (TensorSpec(SOFT_LABELS, self._shape),)
 
     @property
+    def most_bytes(self) -> int:
+        """Length of every payload."""
+        return self.payload_bytes
+
+    @property
     def payload_bytes(self) -> int:
         """Of every payload, header included."""
         num_examples, num_classes = self._shape

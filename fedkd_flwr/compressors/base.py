@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel
 
-from fedkd_flwr.compressors.payload import Dense, Part, Parts, Zero, pack, to_arrays, unpack
+from fedkd_flwr.compressors.payload import Dense, Part, Parts, Zero, most_bytes, pack, to_arrays, unpack
 from fedkd_flwr.core.arrays import Array, Arrays, Spec, TensorSpec, require_finite
 from fedkd_flwr.core.modules import prefixed, without_prefix
 from fedkd_flwr.core.protocols import Codec, Direction
@@ -97,6 +97,11 @@ class LossyCodec(ABC):
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
 
+    @property
+    def most_bytes(self) -> int:
+        """Length of the longest payload: that of the update at float32."""
+        return most_bytes(self.spec)
+
     def initial_state(self) -> Arrays:
         """Nothing is kept, unless a subclass does."""
         return {}
@@ -139,6 +144,11 @@ class WithErrorFeedback:
         self._codec = codec
         self.spec = codec.spec
         self._names = [tensor.name for tensor in codec.spec if tensor.kind == "parameter"]
+
+    @property
+    def most_bytes(self) -> int:
+        """Length of the longest payload, whatever the residual."""
+        return self._codec.most_bytes
 
     def initial_state(self) -> Arrays:
         """No residual: it takes no room, on disk or on the wire, before there is one."""

@@ -131,7 +131,7 @@ def write_coded(parts: Sequence[Coded]) -> bytes:
     return bytes(codes) + writer.to_bytes()
 
 
-def read_coded(data: bytes, shapes: Sequence[Shape]) -> list[Coded]:
+def read_coded(data: bytes | memoryview, shapes: Sequence[Shape]) -> list[Coded]:
     """Read what `write_coded` wrote for parts of these shapes.
 
     Raises:

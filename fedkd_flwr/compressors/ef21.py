@@ -40,6 +40,11 @@ class Ef21Codec:
         self._codec = codec
         self.spec = codec.spec
 
+    @property
+    def most_bytes(self) -> int:
+        """Length of the longest payload: that of the difference at float32."""
+        return self._codec.most_bytes
+
     def initial_state(self) -> Arrays:
         """The estimate of an update before the first: zero."""
         zeros: dict[str, Array] = {t.name: np.zeros(t.shape, np.float32) for t in self.spec if t.kind == "parameter"}

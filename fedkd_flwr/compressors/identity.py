@@ -3,7 +3,7 @@
 from typing import Literal
 
 from fedkd_flwr.compressors.base import CompressorOptions
-from fedkd_flwr.compressors.payload import Dense, Parts, pack, to_arrays, unpack
+from fedkd_flwr.compressors.payload import Dense, Parts, most_bytes, pack, to_arrays, unpack
 from fedkd_flwr.core.arrays import Arrays, Spec, require_finite
 
 CODEC_ID = 0
@@ -24,6 +24,11 @@ class IdentityCodec:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
+
+    @property
+    def most_bytes(self) -> int:
+        """Length of every payload."""
+        return most_bytes(self.spec)
 
     def initial_state(self) -> Arrays:
         """Neither end keeps anything."""

@@ -8,9 +8,10 @@ Both ends know the names and shapes of the tensors (the spec), so the wire holds
     if any tensor is coded: the step, float32
     positions of every sparse tensor, then all coded tensors (`coded.py`)
 
-The length of everything at a fixed width follows from the table and is checked before anything is allocated; what is
-coded can't ask for more than twice as many integers as its tensors have elements. Bytes from another machine are only
-ever read as numbers.
+No encoder writes more bytes than all tensors take at float32 (`most_bytes`), so a longer payload is refused before any
+of it is read. The length of everything at a fixed width follows from the table and is checked before anything is
+allocated; what is coded can't ask for more than twice as many integers as its tensors have elements. Bytes from another
+machine are only ever read as numbers.
 """
 
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ from fedkd_flwr.compressors.numbers import (
     write_numbers,
     write_scaled_columns,
 )
-from fedkd_flwr.core.arrays import Array, Spec, TensorSpec, spec_digest
+from fedkd_flwr.core.arrays import FLOAT_BYTES, Array, Spec, TensorSpec, num_elements, spec_digest
 from fedkd_flwr.core.entropy_coding import BitReader, BitWriter, CodingError, read_flags, write_flags
 from fedkd_flwr.core.low_rank import matrix_shape, multiply
 
@@ -133,6 +134,19 @@ class _Entry:
     count: int = 0  # rank, or number of values of a sparse tensor
 
 
+def most_bytes(spec: Spec) -> int:
+    """Length of the longest payload that an encoder writes: every tensor at float32, a form for each, the header.
+
+    Each form has a bound of its own below that. Dense numbers take at most four bytes each, their scales included. An
+    encoder factors a matrix only where the factors hold fewer numbers than the matrix. It falls back to float32 where
+    sparse or coded tensors would take more.
+
+    Args:
+        spec: the tensors, in order.
+    """
+    return HEADER_BYTES + len(spec) + FLOAT_BYTES * num_elements(spec)
+
+
 def pack(spec: Spec, parts: Parts, codec_id: int) -> bytes:
     """Write the parts of one update.
 
@@ -177,8 +191,8 @@ def unpack(payload: bytes, spec: Spec, codec_id: int) -> Parts:
 
     Raises:
         PayloadError: for anything else: another magic, version, codec or spec, an unknown form, a rank that the
-            tensor can't have, a length other than the header asks for, a number that is not finite, bits that stand for
-            nothing.
+            tensor can't have, a length other than the header asks for, more bytes than `most_bytes`, a number that is
+            not finite, bits that stand for nothing.
     """
     _check_header(payload, spec, codec_id)
     entries, offset = _read_table(payload, spec)
@@ -187,6 +201,8 @@ def unpack(payload: bytes, spec: Spec, codec_id: int) -> Parts:
     expected = offset + sum(sizes)
     if len(payload) < expected or (len(payload) > expected and not open_ended):
         raise PayloadError(f"payload must have {expected} bytes for its forms and ranks, got {len(payload)}")
+    if len(payload) > (most := most_bytes(spec)):
+        raise PayloadError(f"payload must have at most {most} bytes for these tensors, got {len(payload)}")
     found: dict[str, Part] = {}
     for entry, size in zip(entries, sizes, strict=True):
         try:
@@ -195,7 +211,7 @@ def unpack(payload: bytes, spec: Spec, codec_id: int) -> Parts:
             raise PayloadError(f"tensor {entry.tensor.name!r} {error}") from None
         offset += size
     try:
-        step = _read_open_ended(payload[offset:], entries, found)
+        step = _read_open_ended(memoryview(payload)[offset:], entries, found)
     except (CodingError, IndexError) as error:
         raise PayloadError(f"payload can't be read: {error}") from None
     return Parts(found, step)
@@ -332,7 +348,7 @@ def _read_fixed(payload: bytes, offset: int, entry: _Entry) -> Part:
     return Zero()
 
 
-def _read_open_ended(data: bytes, entries: list[_Entry], found: dict[str, Part]) -> float:
+def _read_open_ended(data: memoryview, entries: list[_Entry], found: dict[str, Part]) -> float:
     """Fill in what has no fixed length; the step."""
     sparse = [entry.tensor for entry in entries if entry.form is Form.SPARSE_FLOAT16]
     coded = [entry for entry in entries if entry.form in _CODED]

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from fedkd_flwr.compressors.base import Compressed, LossyCodec, LossyOptions, exact
-from fedkd_flwr.compressors.payload import Part, Parts, Sparse, Zero
+from fedkd_flwr.compressors.payload import Part, Parts, Sparse, Zero, pack
 from fedkd_flwr.core.arrays import Arrays, Spec, require_finite
 
 CODEC_ID = 4
@@ -55,6 +55,6 @@ class TopKCodec(LossyCodec):
                 continue
             chosen = ((sizes[tensor.name] >= threshold) & (sizes[tensor.name] > 0)).reshape(-1)
             parts[tensor.name] = Sparse(value.reshape(-1)[chosen], chosen) if chosen.any() else Zero()
-        found = self.packed(Parts(parts))
-        whole = self.packed(self.raw(update))
-        return found if len(found.payload) <= len(whole.payload) else whole
+        chosen_only, whole = Parts(parts), self.raw(update)
+        longer = len(pack(self.spec, chosen_only, self.codec_id)) > len(pack(self.spec, whole, self.codec_id))
+        return self.packed(whole if longer else chosen_only)

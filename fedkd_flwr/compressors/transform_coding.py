@@ -18,7 +18,7 @@ from fedkd_flwr.compressors.allocation import Allocation, Allocator, Candidate
 from fedkd_flwr.compressors.base import Compressed, CompressorOptions, LossyCodec, LossyOptions, exact
 from fedkd_flwr.compressors.coefficients import coded_factors, coded_rows
 from fedkd_flwr.compressors.payload import HEADER_BYTES, Dense, Part, Parts, Zero, pack, to_arrays
-from fedkd_flwr.core.arrays import FLOAT_BYTES, Arrays, Spec, num_elements, require_finite, squared_norm
+from fedkd_flwr.core.arrays import FLOAT_BYTES, Arrays, Spec, require_finite, squared_norm
 from fedkd_flwr.core.schedules import Schedule, linear
 from fedkd_flwr.core.seeds import derive_seed
 
@@ -109,8 +109,7 @@ class TransformCodec(LossyCodec):
             found = self._at_energy(coding, self._energy(progress))
         else:
             found = self._at_bytes(coding, self._num_bytes)
-        num_raw_bytes = HEADER_BYTES + len(self.spec) + FLOAT_BYTES * num_elements(self.spec)
-        return found if len(found.payload) <= num_raw_bytes else self.packed(self.raw(update))
+        return found if len(found.payload) <= self.most_bytes else self.packed(self.raw(update))
 
     def _at_energy(self, coding: "_Coding", energy: float) -> Compressed:
         """The first parts that keep the energy: the aim is corrected by what the last try lost."""

@@ -23,6 +23,8 @@ MIN_GROUP, MAX_GROUP = -10, 40  # floor(log2(variance)) of the integers in a gro
 MAX_INTEGER = 2**31 - 1
 _MAX_PLANES = 16  # what is larger than this many units is written out
 _WIDTH_BITS = 6
+_INT32_BITS = 31
+_PIECE = 1 << 16  # numbers that are read at a time
 # The Rice parameter is best near log2(ln(golden ratio) * mean distance): Kiely, IPN Progress Report 42-159, 2004.
 _GOLDEN = (4812, 10_000)
 
@@ -65,41 +67,52 @@ class BitReader:
         CodingError: from every method, where the bits end too early.
     """
 
-    def __init__(self, data: bytes) -> None:
-        self._bits = np.unpackbits(np.frombuffer(data, np.uint8))
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = np.frombuffer(data, np.uint8)  # a bit takes a byte once it is unpacked, so few are at a time
         self._at = 0
 
     def bits(self, count: int) -> Bits:
         """The next `count` bits."""
-        found = self._bits[self._at : self._at + count]
-        if found.size < count:
-            raise CodingError("the coded numbers end too early")
+        self._require(count)
+        found = self._window(count)
         self._at += count
         return found
 
     def numbers(self, count: int, width: int) -> Ints:
         """The next `count` numbers of `width` bits each."""
-        read: Ints = np.zeros(count, np.int64)
-        for column in self.bits(count * width).reshape(count, width).T:
-            read <<= 1
-            read |= column
+        self._require(count * width)
+        read: Ints = np.zeros(count, np.int32 if width <= _INT32_BITS else np.int64)
+        for start in range(0, count if width else 0, _PIECE):
+            piece = read[start : start + _PIECE]
+            for column in self.bits(piece.size * width).reshape(piece.size, width).T:
+                piece <<= 1
+                piece |= column
         return read
 
     def unary(self, count: int, most: int) -> Ints:
-        """The next `count` unary numbers (so many 0 and a 1), whose sum may be at most `most`."""
-        window = self._bits[self._at : self._at + count + most]
-        ends = np.flatnonzero(window)[:count]
-        if ends.size < count:
+        """Running totals of the next `count` unary numbers (so many 0 and a 1), which sum to at most `most`."""
+        self._require(count)  # each has a bit of its own
+        totals: Ints = np.flatnonzero(self._window(count + most))[:count].astype(_index_type(count + most))
+        if totals.size < count:
             raise CodingError("the coded numbers end too early")
         if count:
-            self._at += int(ends[-1]) + 1
-        return np.diff(ends, prepend=-1) - 1
+            self._at += int(totals[-1]) + 1
+        totals -= _places(count)
+        return totals
 
     def finish(self) -> None:
         """Refuse anything but the filling of the last byte."""
-        rest = self._bits[self._at :]
-        if rest.size >= 8 or rest.any():
+        if 8 * self._data.size - self._at >= 8 or self._window(8).any():
             raise CodingError("there are bytes after the coded numbers")
+
+    def _window(self, most: int) -> Bits:
+        """The next bits without moving on; fewer than `most` where the data ends."""
+        first, skipped = divmod(self._at, 8)
+        return np.unpackbits(self._data[first : -(-(self._at + most) // 8)])[skipped : skipped + most]
+
+    def _require(self, count: int) -> None:
+        if count > 8 * self._data.size - self._at:
+            raise CodingError("the coded numbers end too early")
 
 
 def group_of(variance_code: int, num_values: int) -> int:
@@ -158,6 +171,15 @@ def write_flags(flags: NDArray[np.bool_], writer: BitWriter) -> int:
     return count
 
 
+def most_bits_of_flags(size: int) -> int:
+    """Bits that `write_flags` takes for `size` flags at most.
+
+    Where one flag in m is of the rarer kind, that is 1 bit a flag while the width is 0, at most 1.08 at a width of 1
+    (m = 2.58, where it begins), and less at greater ones; and the number of flags that are set.
+    """
+    return size.bit_length() + size + size // 8 + 1
+
+
 def read_flags(size: int, reader: BitReader) -> NDArray[np.bool_]:
     """Read what `write_flags` wrote for `size` flags.
 
@@ -170,13 +192,25 @@ def read_flags(size: int, reader: BitReader) -> NDArray[np.bool_]:
     inverted = 2 * count > size
     num_positions = size - count if inverted else count
     width = _rice_width(size, num_positions)
-    quotients = reader.unary(num_positions, size >> width)
-    positions = np.cumsum((quotients << width) + reader.numbers(num_positions, width) + 1) - 1
+    positions = reader.unary(num_positions, size >> width)
+    positions <<= width
+    positions += np.cumsum(reader.numbers(num_positions, width), dtype=positions.dtype)
+    positions += _places(num_positions)
     if positions.size and positions[-1] >= size:
         raise CodingError("a flag lies outside its plane")
     flags = np.zeros(size, np.bool_)
     flags[positions] = True
     return ~flags if inverted else flags
+
+
+def _places(count: int) -> Ints:
+    """0 to `count` - 1, in as few bytes as hold them."""
+    return np.arange(count, dtype=_index_type(count))
+
+
+def _index_type(count: int) -> type[np.signedinteger[Any]]:
+    """Of so many places; of sums that wrong bits make of them, too."""
+    return np.int32 if count <= MAX_INTEGER // 4 else np.int64
 
 
 def _rice_width(size: int, count: int) -> int:
@@ -209,11 +243,11 @@ def _write_group(values: Ints, num_low_bits: int, writer: BitWriter) -> None:
 
 
 def _read_group(count: int, num_low_bits: int, reader: BitReader) -> Ints:
-    high = np.zeros(count, np.int64)
-    alive = np.arange(count)
+    high = np.zeros(count, np.uint8)  # planes passed, at most `_MAX_PLANES`
+    alive = _places(count)
+    excess: Ints = np.zeros(0, np.int64)
     for _ in range(_MAX_PLANES):
-        beyond = read_flags(alive.size, reader)
-        alive = alive[beyond]
+        alive = alive[read_flags(alive.size, reader)]
         if not alive.size:
             break
         high[alive] += 1
@@ -221,10 +255,14 @@ def _read_group(count: int, num_low_bits: int, reader: BitReader) -> Ints:
         width = int(reader.numbers(1, _WIDTH_BITS)[0])
         if width > MAX_INTEGER.bit_length():
             raise CodingError(f"a coded number has {width} bits, at most {MAX_INTEGER.bit_length()} are allowed")
-        high[alive] += reader.numbers(alive.size, width)
-    sizes = (high << num_low_bits) + reader.numbers(count, num_low_bits)
-    if sizes.max(initial=0) > MAX_INTEGER:
-        raise CodingError(f"a coded number is above {MAX_INTEGER}")
+        excess = reader.numbers(alive.size, width).astype(np.int64) + _MAX_PLANES
+        if excess.max(initial=0) > MAX_INTEGER >> num_low_bits:
+            raise CodingError(f"a coded number is above {MAX_INTEGER}")
+    sizes = high.astype(np.int32)
+    sizes[alive] = excess
+    sizes <<= num_low_bits
+    sizes += reader.numbers(count, num_low_bits)
     negative = np.zeros(count, np.bool_)
     negative[sizes > 0] = reader.bits(int(np.count_nonzero(sizes))).astype(np.bool_)
-    return np.where(negative, -sizes, sizes)
+    np.negative(sizes, out=sizes, where=negative)
+    return sizes

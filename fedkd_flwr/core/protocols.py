@@ -13,6 +13,7 @@ from fedkd_flwr.core.proxy_states import ProxyGrid
 
 Batch = Mapping[str, Tensor]
 Direction = Literal["uplink", "downlink"]
+Range = tuple[float, float]  # the least and the largest value, both included
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,14 @@ class Task(Protocol):
     def counts_labels(self) -> bool:
         """Whether clients' data tells how many labels of each class it has; see `ClientData.label_counts`."""
 
+    @property
+    def metrics(self) -> Mapping[str, Range]:
+        """Every metric that `score` may give, by name, with its range.
+
+        A reply with another metric, or with a value out of range, does not count, because it would spoil the mean over
+        the clients. A client leaves out a value of its own that is out of range, such as the loss of a diverged model.
+        """
+
     def client_data(self, partition_id: int) -> ClientData:
         """Data of one client."""
 
@@ -220,6 +229,10 @@ class Codec(Protocol):
     @property
     def spec(self) -> Spec:
         """The tensors of one payload, in order."""
+
+    @property
+    def most_bytes(self) -> int:
+        """Length of the longest payload that `encode` ever writes; a longer one is refused before it is read."""
 
     def initial_state(self) -> Arrays:
         """State of either end before the first payload."""

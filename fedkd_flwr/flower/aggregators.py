@@ -1,9 +1,9 @@
 """Uploads into one aggregate.
 
 An aggregator sees decoded float32 updates about zero; an algorithm that exchanges outputs brings one of its own. The
-mean is ours, one running sum; every other rule is a Flower strategy, wrapped: it is shown zeros as the current model
-and the updates as what clients trained. Moving the origin would change what Krum chooses; a strategy also holds every
-update of a round at once, which the mean does not.
+mean is ours, one running sum, with the server's noise where that is asked for; every other rule is a Flower strategy,
+wrapped: it is shown zeros as the current model and the updates as what clients trained. Moving the origin would change
+what Krum chooses; a strategy also holds every update of a round at once, which the mean does not.
 """
 
 import gc
@@ -18,7 +18,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     Bulyan,
-    DifferentialPrivacyServerSideFixedClipping,
     FedAdagrad,
     FedAdam,
     FedAvg,
@@ -37,6 +36,7 @@ from fedkd_flwr.core.arrays import Array, Arrays, RunningMean
 from fedkd_flwr.core.modules import prefixed, without_prefix
 from fedkd_flwr.flower.errors import MessageError
 from fedkd_flwr.flower.runtime import Runtime
+from fedkd_flwr.flower.server_noise import FixedClipping
 from fedkd_flwr.server_options import (
     AdaptiveAggregation,
     AggregatorOptions,
@@ -59,8 +59,6 @@ _ARRAYS, _METRICS = "arrays", "metrics"
 _NUM_EXAMPLES, _TRAIN_LOSS = "num-examples", "train_loss"
 _FIRST_MOMENT, _SECOND_MOMENT = "first moment/", "second moment/"
 # Flower's defaults would have it wait for nodes, or sample among them; the exchange has done both.
-_LEAST = 1e-12  # of a number, instead of 0
-
 _NO_SAMPLING: Mapping[str, Any] = {
     "fraction_train": 1.0,
     "min_train_nodes": 1,
@@ -119,16 +117,12 @@ class FlowerStrategy:
         make: makes the strategy for a number of uploads, which one rule needs to know.
         uniform: count every client alike.
         needs_loss: whether the strategy weighs by it.
-        divides_by_norm: whether the strategy can't take an upload of zeros.
     """
 
-    def __init__(
-        self, make: Callable[[int], Strategy], *, uniform: bool, needs_loss: bool, divides_by_norm: bool = False
-    ) -> None:
+    def __init__(self, make: Callable[[int], Strategy], *, uniform: bool, needs_loss: bool) -> None:
         self._make = make
         self._uniform = uniform
         self._needs_loss = needs_loss
-        self._divides_by_norm = divides_by_norm
         self._server_round = 0
         self._uploads: list[tuple[Arrays, int, float]] = []
         self._state: Arrays = {}
@@ -142,8 +136,6 @@ class FlowerStrategy:
         """Keep one upload."""
         if self._needs_loss and (loss is None or loss < 0):
             raise MessageError(f"{_TRAIN_LOSS}, which this aggregator weighs by, must be at least 0, got {loss}")
-        if self._divides_by_norm and not any(value.any() for value in upload.values()):
-            upload = {name: np.full_like(value, _LEAST) for name, value in upload.items()}
         self._uploads.append((upload, 1 if self._uniform else num_examples, loss or 0.0))
 
     def result(self) -> Arrays | None:
@@ -213,7 +205,7 @@ class _Replied:
 
 
 def _record(arrays: Arrays) -> ArrayRecord:
-    # With one axis at least: what clips in Flower does so in place, and leaves a number without axes as it is.
+    # With one axis at least: what Flower does in place leaves a number without axes as it is.
     return ArrayRecord({name: FlowerArray(np.atleast_1d(value)) for name, value in arrays.items()})
 
 
@@ -257,12 +249,6 @@ def _fedadagrad(options: AdaptiveAggregation, num_uploads: int) -> FedAvg:
     return FedAdagrad(**_NO_SAMPLING, eta=options.eta, tau=options.tau)
 
 
-def _dp_fixed_clipping(options: DpFixedClippingAggregation, num_uploads: int) -> Strategy:
-    return DifferentialPrivacyServerSideFixedClipping(
-        FedAvg(**_NO_SAMPLING), options.noise_multiplier, options.clipping_norm, num_uploads
-    )
-
-
 def _fedmedian(options: AggregatorOptions, num_uploads: int) -> FedAvg:
     return FedMedian(**_NO_SAMPLING)
 
@@ -300,7 +286,6 @@ STRATEGIES: Mapping[str, Callable[[Any, int], Strategy]] = {
     "fedadam": _adaptive(FedAdam),
     "fedyogi": _adaptive(FedYogi),
     "fedadagrad": _fedadagrad,
-    "dp_fixed_clipping": _dp_fixed_clipping,
     "fedmedian": _fedmedian,
     "fedtrimmedavg": _fedtrimmedavg,
     "krum": _krum,
@@ -314,6 +299,8 @@ def build_aggregator(options: AggregatorOptions) -> Aggregator:
     """The aggregator that the options describe."""
     if isinstance(options, FedAvgAggregation):
         return Mean(options)
+    if isinstance(options, DpFixedClippingAggregation):
+        return FixedClipping(options)
     make = STRATEGIES[options.name]
     uniform = getattr(options, "weighting", "uniform") != "num_examples"
     needs_loss = isinstance(options, QFedAvgAggregation)
@@ -321,7 +308,6 @@ def build_aggregator(options: AggregatorOptions) -> Aggregator:
         lambda num_uploads: make(options, num_uploads),
         uniform=uniform,
         needs_loss=needs_loss,
-        divides_by_norm=isinstance(options, DpFixedClippingAggregation),
     )
 
 

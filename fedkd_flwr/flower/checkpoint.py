@@ -9,7 +9,7 @@ whom a round asks depends on who is there and what they hold, and a resumed roun
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,20 +119,32 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def latest(self) -> Checkpoint | None:
+    def latest(self, parts: Iterable[str] = ()) -> Checkpoint | None:
         """The newest checkpoint that can be read, or None.
+
+        Args:
+            parts: that it must have.
 
         Raises:
             RunError: if there are some and none can be read.
         """
-        paths = self._paths()
-        for path in paths:
+        reasons: list[str] = []
+        for path in self._paths():
             try:
-                return _checkpoint(_read(path))
-            except (ArchiveError, OSError, KeyError, ValueError) as error:
-                _log.warning("%s; trying the one before", error)
-        if paths:
-            raise RunError(f"no checkpoint in {str(self.directory)!r} can be read")
+                found = _checkpoint(_read(path))
+                if missing := sorted({*parts} - {*found.parts}):
+                    raise ArchiveError(f"{path.name} lacks its part {missing[0]!r}")
+                return found
+            except (ArchiveError, OSError) as error:
+                reasons.append(str(error))
+            except (KeyError, TypeError, ValueError) as error:
+                reasons.append(f"{path.name} is damaged: {type(error).__name__}: {error}")
+            _log.warning("%s; trying the one before", reasons[-1])
+        if reasons:
+            raise RunError(
+                f"no checkpoint in {str(self.directory)!r} can be read: {reasons[0]}; put a copy of it back, or start "
+                "a new run, which keeps more of them with a larger server.keep_checkpoints"
+            )
         return None
 
     def _path(self, server_round: int) -> Path:

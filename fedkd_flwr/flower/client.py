@@ -1,7 +1,6 @@
 """The client's end of the exchange: reach the version asked for, train, remember, reply."""
 
 import logging
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.core.snapshot import unpack_snapshot
 from fedkd_flwr.experiment import ConfigError
 from fedkd_flwr.flower.errors import StateError
+from fedkd_flwr.flower.guard import unplaced
 from fedkd_flwr.flower.lineage import next_lineage
 from fedkd_flwr.flower.records import Hello, HelloReply, Instruction, Reply
 from fedkd_flwr.flower.reference import DECODER, SHARED, snapshot_arrays
@@ -31,8 +31,6 @@ from fedkd_flwr.privacy import PrivacyOptions, privatised
 
 PRIVATE_MODEL_DIR = "private_model"
 _SHOWN_DIGITS = 12  # of a digest, in a message for people
-
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/-])/[^\s'\",;]+")
 
 _log = logging.getLogger("fedkd")
 
@@ -85,35 +83,33 @@ def client_of(context: Context, app_dir: Path) -> Client:
         ConfigError: if the node's configuration and the experiment don't fit.
     """
     settings = client_settings(context.run_config, context.node_config, app_dir)
-    with _unnamed(settings.data_path):
+    with _of_node(settings.data_path):
         runtime = runtime_of(settings.experiment, settings.data_path)
         return Client(settings, runtime, runtime.task.client_data(settings.partition_id))
 
 
 @contextmanager
-def _unnamed(data_path: Path | None) -> Iterator[None]:
-    """Keep a node's path to itself: what a client raises is sent to the server, cause and traceback with it."""
+def _of_node(data_path: Path | None) -> Iterator[None]:
+    """Say of an error that it is of the node's own data, where it has some."""
     try:
         yield
     except Exception as error:
         if data_path is None:
             raise
-        _log.exception("the data of this node can't be used")  # here the path may be named
-        raise ConfigError(f"data-path: {_without_paths(reason_of(error), data_path)}") from None
-
-
-def _without_paths(text: str, data_path: Path) -> str:
-    """A reason in one line that names no place on this node, however whoever wrote it quoted, cut or spaced it."""
-    plain = str(data_path)
-    for form in (plain, repr(plain)[1:-1], " ".join(plain.split())):
-        text = text.replace(form, "data-path")
-    root = "/".join(plain.split("/")[:3])  # what a longer text was cut from may have left
-    text = text.split(root)[0] + "..." if len(root) > 1 and root in text else text
-    return _ABSOLUTE_PATH.sub("(a path)", " ".join(text.split()))
+        raise ConfigError(f"data-path: {reason_of(error)}") from error
 
 
 def hello(message: Message, context: Context, app_dir: Path) -> Message:
-    """Say who this is and which version it holds; whether it could build version 0 as the server did."""
+    """Say who this is and which version it holds; whether it could build version 0 as the server did.
+
+    Raises:
+        NodeError: as `train` and `evaluate` do, where something went wrong; no reason names a place on this node.
+    """
+    with unplaced(context):
+        return _hello(message, context, app_dir)
+
+
+def _hello(message: Message, context: Context, app_dir: Path) -> Message:
     asked = Hello.from_records(message.content)
     client = client_of(context, app_dir)
     _require_foundations(asked.foundations, client.runtime.algorithm.foundations())
@@ -147,9 +143,14 @@ def _require_foundations(wanted: Mapping[str, bytes], found: Mapping[str, bytes]
 
 
 def train(message: Message, context: Context, app_dir: Path) -> Message:
-    """One round: catch up, score what was received, train, encode, commit to disk, reply."""
-    instruction = Instruction.from_records(message.content)
+    """One round: catch up, score what was received, train, encode, commit to disk, reply; see `hello` for errors."""
+    with unplaced(context):
+        return _train(message, context, app_dir)
+
+
+def _train(message: Message, context: Context, app_dir: Path) -> Message:
     client = client_of(context, app_dir)
+    instruction = Instruction.from_records(message.content, client.runtime.limits)
     store = client.store(instruction.training_id)
     state = store.load() or client.fresh_state()
     last = state.last_reply
@@ -159,7 +160,7 @@ def train(message: Message, context: Context, app_dir: Path) -> Message:
     started = perf_counter()
     state = catch_up(client.runtime, _settled(client, state, instruction), instruction)
     decoded = perf_counter()
-    reply, state = _train(client, state, instruction)
+    reply, state = _learn(client, state, instruction)
     reply = _told(client, replace(reply, seconds={**reply.seconds, "decode": decoded - started}))
     numbers = {name: getattr(reply, name) for name in _REMEMBERED}
     last = LastReply(instruction.server_round, instruction.lineage, reply.payload, numbers)
@@ -168,9 +169,14 @@ def train(message: Message, context: Context, app_dir: Path) -> Message:
 
 
 def evaluate(message: Message, context: Context, app_dir: Path) -> Message:
-    """Catch up, score on the client's own test examples, export what the client predicts with."""
-    instruction = Instruction.from_records(message.content)
+    """Catch up, score on the client's own test examples, export what it predicts with; see `hello` for errors."""
+    with unplaced(context):
+        return _evaluate(message, context, app_dir)
+
+
+def _evaluate(message: Message, context: Context, app_dir: Path) -> Message:
     client = client_of(context, app_dir)
+    instruction = Instruction.from_records(message.content, client.runtime.limits)
     store = client.store(instruction.training_id)
     started = perf_counter()
     state = catch_up(client.runtime, _settled(client, store.load() or client.fresh_state(), instruction), instruction)
@@ -232,7 +238,7 @@ def catch_up(runtime: Runtime, state: ClientState, instruction: Instruction) -> 
 _REMEMBERED = ("num_examples", "num_test_examples", "shared", "private", "ensemble", "train", "seconds")
 
 
-def _train(client: Client, state: ClientState, instruction: Instruction) -> tuple[Reply, ClientState]:
+def _learn(client: Client, state: ClientState, instruction: Instruction) -> tuple[Reply, ClientState]:
     settings, runtime = client.settings, client.runtime
     arrived = perf_counter()
     scores = _scores(client, state)
@@ -276,8 +282,16 @@ def _scores(client: Client, state: ClientState) -> dict[str, Metrics]:
 
 
 def _told(client: Client, reply: Reply) -> Reply:
-    """The reply as it may leave: under privacy without all that follows from the data and has no noise."""
-    return reply if client.tells_metrics else reply.without_metrics()
+    """The reply as it may leave: under privacy without all that follows from the data and has no noise.
+
+    A value out of its range, such as the loss of a model that has diverged, is left out: it would cost the whole reply.
+    """
+    if not client.tells_metrics:
+        return reply.without_metrics()
+    told = reply.within(client.runtime.limits)
+    if told != reply:
+        _log.warning("client %s: scores that are out of their ranges are not reported", client.settings.client_key)
+    return told
 
 
 def _settled(client: Client, state: ClientState, instruction: Instruction) -> ClientState:

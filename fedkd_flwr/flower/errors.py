@@ -19,3 +19,7 @@ class MessageError(ValueError):
 
 class StateError(Exception):
     """Client state on disk that can't be used."""
+
+
+class NodeError(Exception):
+    """What kept a node from answering, without the places that the error itself named."""

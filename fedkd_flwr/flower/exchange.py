@@ -284,7 +284,7 @@ class Exchange(Strategy):
             MessageError: if it isn't.
         """
         current = self._round
-        reply = Reply.from_records(content_of(message), current.lineage)
+        reply = Reply.from_records(content_of(message), current.lineage, self._runtime.limits)
         known = self._asked_seat(client_key)
         if (reply.server_round, reply.attempt, reply.version) != (current.number, attempt, current.version):
             raise MessageError(

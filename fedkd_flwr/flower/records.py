@@ -13,9 +13,11 @@ from zlib import crc32
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
+from fedkd_flwr.core.quoting import quoted
 from fedkd_flwr.experiment import NAME_PATTERN
 from fedkd_flwr.flower.carriage import carried, carry
 from fedkd_flwr.flower.errors import MessageError
+from fedkd_flwr.flower.limits import Limits
 
 HELLO = "query.hello"
 TRAIN = "train"
@@ -113,10 +115,10 @@ class HelloReply:
         num_examples, num_test_examples = (_count(config, name) for name in ("num-examples", "num-test-examples"))
         memory = _take(config, "memory", str)
         if memory not in MEMORIES:
-            raise MessageError(f"memory must be one of {', '.join(MEMORIES)}, got {memory[:80]!r}")
+            raise MessageError(f"memory must be one of {', '.join(MEMORIES)}, got {quoted(memory)}")
         key = _take(config, "client-key", str)
         if not re.fullmatch(NAME_PATTERN, key):
-            raise MessageError(f"client-key must be letters, digits, dots, dashes and underscores, got {key[:80]!r}")
+            raise MessageError(f"client-key must be letters, digits, dots, dashes and underscores, got {quoted(key)}")
         held = None if version < 0 else version
         committed, replied = (_take(config, name, int) for name in ("committed-round", "replied-round"))
         lineage = _digest(config, "lineage")
@@ -179,12 +181,15 @@ class Instruction:
         return content
 
     @classmethod
-    def from_records(cls, content: RecordDict) -> "Instruction":
-        """Read what `to_records` wrote."""
+    def from_records(cls, content: RecordDict, limits: Limits | None = None) -> "Instruction":
+        """Read what `to_records` wrote; where limits are given, no more bytes than they allow."""
         config = _config(content)
-        data = carried(content)
-        snapshot = data if config.get("snapshot") is True else None
-        payloads = _split(data or b"", config.get("sizes", [])) if snapshot is None else ()
+        whole, sizes = config.get("snapshot") is True, _sizes(config.get("sizes", []))
+        if limits is not None and (most := max(sizes, default=0)) > limits.broadcast_bytes:
+            raise MessageError(f"a broadcast must have at most {limits.broadcast_bytes} bytes, got {most}")
+        data = carried(content, None if limits is None else limits.snapshot_bytes if whole else sum(sizes))
+        snapshot = data if whole else None
+        payloads = _split(data or b"", sizes) if snapshot is None else ()
         version = _take(config, "version", int)
         if version < len(payloads):
             raise MessageError(f"version must be at least {len(payloads)} for as many payloads, got {version}")
@@ -255,6 +260,14 @@ class Reply:
         bare = Reply(self.server_round, self.attempt, self.version, self.lineage, num_examples=1, num_test_examples=1)
         return replace(bare, payload=self.payload)
 
+    def within(self, limits: Limits) -> "Reply":
+        """The same without metrics that are out of their ranges, which would make the server refuse it."""
+        shared, private, ensemble = (
+            limits.tellable("s", scores) for scores in (self.shared, self.private, self.ensemble)
+        )
+        train = limits.tellable("t", self.train)
+        return replace(self, shared=shared, private=private, ensemble=ensemble, train=train)
+
     def to_records(self) -> RecordDict:
         """As Flower records: a payload, and one metric record with groups told apart by a letter."""
         metrics = MetricRecord(
@@ -277,12 +290,16 @@ class Reply:
         return content
 
     @classmethod
-    def from_records(cls, content: RecordDict, lineage: bytes) -> "Reply":
+    def from_records(cls, content: RecordDict, lineage: bytes, limits: Limits | None = None) -> "Reply":
         """Read what `to_records` wrote.
 
         Args:
             content: the reply's records.
             lineage: of the version that the instruction named; a reply from another one is refused.
+            limits: of its bytes and metrics; None: any. More seconds than are believed are cut.
+
+        Raises:
+            MessageError: if it can't be read, or is beyond the limits.
         """
         record = content.metric_records.get("metrics")
         if record is None:
@@ -290,10 +307,10 @@ class Reply:
         metrics = dict(record)
         if _take(metrics, "lineage", int) != short_lineage(lineage):
             raise MessageError("the client works from another lineage than the server", kind="stale")
-        payload = carried(content)
+        payload = carried(content, limits.upload_bytes if limits is not None else None)
         if payload is not None and _take(metrics, "checksum", int) != crc32(payload):
             raise MessageError("payload is damaged: its checksum differs", kind="payload")
-        groups = _read_groups(metrics)
+        groups = _read_groups(metrics, limits)
         counts = {key: _count(metrics, key) for key in ("num-examples", "num-test-examples")}
         return cls(
             server_round=_take(metrics, "server-round", int),
@@ -316,7 +333,7 @@ def short_lineage(lineage: bytes) -> int:
     return int.from_bytes(lineage[:7], "little")
 
 
-def _read_groups(metrics: Mapping[str, object]) -> dict[str, dict[str, float]]:
+def _read_groups(metrics: Mapping[str, object], limits: Limits | None) -> dict[str, dict[str, float]]:
     if len(metrics) > _MOST_METRICS:
         raise MessageError(f"a reply may have {_MOST_METRICS} metrics, got {len(metrics)}")
     groups: dict[str, dict[str, float]] = {"s": {}, "p": {}, "e": {}, "t": {}, "c": {}}
@@ -325,14 +342,16 @@ def _read_groups(metrics: Mapping[str, object]) -> dict[str, dict[str, float]]:
         if not separator:
             continue
         if letter not in groups or not re.fullmatch(_METRIC_PATTERN, rest):
-            raise MessageError(f"metric {name[:80]!r} has no name that is known here")
+            raise MessageError(f"metric {quoted(name)} has no name that is known here")
         if not isinstance(value, float) or not abs(value) <= _LARGEST_METRIC:
             raise MessageError(
-                f"metric {name!r} must be a finite number of at most {_LARGEST_METRIC:g}, got {str(value)[:80]}"
+                f"metric {name!r} must be a finite number of at most {_LARGEST_METRIC:g}, got {quoted(value)}"
             )
         if letter == "c" and not (rest in SECONDS and 0 <= value <= _MOST_SECONDS):
             raise MessageError(f"seconds must be {', '.join(SECONDS)}, from 0 to {_MOST_SECONDS:g}, got {rest} {value}")
-        groups[letter][rest] = value
+        if limits is not None and letter != "c":
+            limits.require(letter, rest, value)
+        groups[letter][rest] = min(value, limits.seconds) if limits is not None and letter == "c" else value
     return groups
 
 
@@ -347,9 +366,13 @@ def _groups(reply: Reply) -> dict[str, Mapping[str, float]]:
     return {"s": reply.shared, "p": reply.private, "e": reply.ensemble, "t": reply.train, "c": reply.seconds}
 
 
-def _split(data: bytes, sizes: object) -> tuple[bytes, ...]:
+def _sizes(sizes: object) -> list[int]:
     if not isinstance(sizes, list) or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise MessageError(f"sizes must be a list of positive integers, got {sizes!r}")
+        raise MessageError(f"sizes must be a list of positive integers, got {quoted(sizes)}")
+    return sizes
+
+
+def _split(data: bytes, sizes: list[int]) -> tuple[bytes, ...]:
     if sum(sizes) != len(data):
         raise MessageError(f"payloads must have {sum(sizes)} bytes together, got {len(data)}")
     ends = accumulate(sizes, initial=0)
@@ -366,7 +389,7 @@ def _config(content: RecordDict) -> ConfigRecord:
 def _take(record: Mapping[str, object], key: str, kind: type[T]) -> T:
     value = record.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise MessageError(f"{key} must be {kind.__name__}, got {value!r}")
+        raise MessageError(f"{key} must be {kind.__name__}, got {quoted(value)}")
     return value
 
 

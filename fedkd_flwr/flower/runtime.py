@@ -11,8 +11,11 @@ from fedkd_flwr.algorithms import Algorithm
 from fedkd_flwr.algorithms.base import Wires
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.protocols import Task
+from fedkd_flwr.core.snapshot import snapshot_bytes
 from fedkd_flwr.experiment import Experiment, parse
+from fedkd_flwr.flower.limits import Limits
 from fedkd_flwr.flower.lineage import initial_lineage
+from fedkd_flwr.flower.reference import snapshot_arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,19 @@ class Runtime:
     wires: Wires | None
     initial: Arrays
     lineage: bytes
+
+    @property
+    def limits(self) -> Limits:
+        """What a message of this experiment may hold."""
+        decoder = self.wires.downlink.initial_state() if self.wires else {}
+        return Limits(
+            upload_bytes=self.wires.uplink.most_bytes if self.wires else 0,
+            broadcast_bytes=self.wires.downlink.most_bytes if self.wires else 0,
+            snapshot_bytes=snapshot_bytes(snapshot_arrays(self.initial, decoder)),
+            scores=self.task.metrics,
+            train=self.algorithm.train_metrics,
+            seconds=self.experiment.server.round_timeout_seconds,
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
+from fedkd_flwr.algorithms.base import LearningServer
 from fedkd_flwr.core.arrays import num_elements
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, load
 from fedkd_flwr.flower.budget import check_accounting
@@ -19,12 +20,14 @@ from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.exchange import Exchange
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.settings import ServerSettings
-from fedkd_flwr.measure.ledger import LEDGER_FILE, Ledger, Listener, environment
+from fedkd_flwr.measure.ledger import LEDGER_FILE, Ledger, LedgerError, Listener, environment, read_rows
 from fedkd_flwr.measure.summary import read_summary, write_summary
 from fedkd_flwr.tasks.majority import majority_of
 
 STUDENT_DIR = "student"
 LOCK_FILE = "lock"
+_PARTS = ("reference", "roster", "sampler", "rounds")  # of a checkpoint
+_PARTS_OF_UPLOADS = ("decoders", "aggregator", "bound", "buffer bound")
 # What may differ in a resumed run: where results go, how long to wait, when to end, how much to keep, whose names are.
 _FREE_TO_CHANGE = {
     "output_dir",
@@ -73,8 +76,15 @@ def serve(grid: Grid, settings: ServerSettings, listener: Listener | None = None
         partial = run_dir / f".{CONFIG_FILE}.partial"
         partial.write_text(settings.experiment.to_yaml(), encoding="utf-8")
         partial.replace(run_dir / CONFIG_FILE)
-        _run(grid, runtime, settings, Ledger(run_dir, listener))
+        _run(grid, runtime, settings, _ledger(run_dir, listener))
     return run_dir
+
+
+def _ledger(run_dir: Path, listener: Listener | None) -> Ledger:
+    try:
+        return Ledger(run_dir, listener)
+    except LedgerError as error:
+        raise RunError(str(error)) from None
 
 
 def _run(grid: Grid, runtime: Runtime, settings: ServerSettings, ledger: Ledger) -> None:
@@ -100,7 +110,7 @@ def _run(grid: Grid, runtime: Runtime, settings: ServerSettings, ledger: Ledger)
 def _exchange(runtime: Runtime, settings: ServerSettings, ledger: Ledger) -> Exchange:
     """The exchange, from its beginning or from the newest checkpoint."""
     checkpoints = Checkpoints(settings.run_dir, settings.experiment.server.keep_checkpoints)
-    checkpoint = checkpoints.latest() if settings.resume else None
+    checkpoint = checkpoints.latest(parts_of(runtime)) if settings.resume else None
     training_id = checkpoint.training_id if checkpoint else ledger.training_id or secrets.token_hex(8)
     attempt = 1
     if checkpoint and not ledger.training_id and runtime.experiment.noise_facts and "account" not in checkpoint.parts:
@@ -120,8 +130,20 @@ def _exchange(runtime: Runtime, settings: ServerSettings, ledger: Ledger) -> Exc
         _write_start(ledger, runtime, training_id)
     exchange = Exchange(runtime, ledger, training_id, checkpoints, attempt)
     if checkpoint:
-        exchange.restore(checkpoint, ledger.last_round)
+        try:
+            exchange.restore(checkpoint, ledger.last_round)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise RunError(
+                f"the checkpoint of round {checkpoint.server_round} in {str(checkpoints.directory)!r} is of another "
+                f"release, or damaged: {type(error).__name__}: {error}; delete it to go on from the one before"
+            ) from error
     return exchange
+
+
+def parts_of(runtime: Runtime) -> set[str]:
+    """What a checkpoint must hold for this experiment to go on from it."""
+    learns = isinstance(runtime.algorithm.server, LearningServer)
+    return {*_PARTS, *(_PARTS_OF_UPLOADS if runtime.wires else ()), *(("server half",) if learns else ())}
 
 
 def check_resumable(settings: ServerSettings) -> None:
@@ -141,6 +163,12 @@ def check_resumable(settings: ServerSettings) -> None:
     if differing:
         remedy = "force it" if differing == "num_rounds" else "start a new run"
         raise ConfigError(f"{differing}: differs from the run in {str(run_dir)!r}, so it can't be resumed; {remedy}")
+    ledger = run_dir / LEDGER_FILE
+    try:
+        for _ in read_rows(ledger) if ledger.is_file() else ():
+            pass  # before anything is started, nodes are asked or the lock is taken
+    except LedgerError as error:
+        raise ConfigError(str(error)) from None
     try:
         summary = read_summary(run_dir) or {}
     except ValueError:  # damaged; the ledger has it all

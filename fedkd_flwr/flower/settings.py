@@ -17,6 +17,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import fedkd_flwr
+from fedkd_flwr.core.quoting import quoted
 from fedkd_flwr.experiment import NAME_PATTERN, ConfigError, Experiment, load, parse
 
 UserConfig = Mapping[str, bool | float | int | str]
@@ -90,7 +91,7 @@ def client_settings(run_config: UserConfig, node_config: UserConfig, app_dir: Pa
     partition_id = node_config.get("partition-id", 0 if data_path else None)
     if not isinstance(partition_id, int) or isinstance(partition_id, bool):
         raise ConfigError(
-            f"node config: partition-id must be an integer from 0, got {partition_id!r}; set it, or a data-path"
+            f"node config: partition-id must be an integer from 0, got {quoted(partition_id)}; set it, or a data-path"
         )
     if not 0 <= partition_id < experiment.num_clients:
         raise ConfigError(
@@ -109,14 +110,14 @@ def _check_node_keys(node_config: UserConfig) -> None:
     for key in node_config:
         meant = key.lower().replace("_", "-")
         if key not in NODE_KEYS and meant in NODE_KEYS:
-            raise ConfigError(f"node config: unknown key {key!r}; write {meant}")
+            raise ConfigError(f"node config: unknown key {quoted(key)}; write {meant}")
 
 
 def _device(node_config: UserConfig) -> tuple[str, ...]:
     """The override that puts the client's models where its node wants them; see `LocalTraining.device`."""
     device = node_config.get("device", "auto")
     if device not in DEVICES:
-        raise ConfigError(f"node config: device must be one of {', '.join(DEVICES)}, got {device!r}")
+        raise ConfigError(f"node config: device must be one of {', '.join(DEVICES)}, got {quoted(device)}")
     return () if device == "auto" else (f"algorithm.local.device={device}",)
 
 
@@ -142,11 +143,11 @@ def _client_key(node_config: UserConfig, partition_id: int, state_dir: Path) -> 
     names = {key: str(node_config[key]) for key in ("client-id", "name") if key in node_config}
     if len(set(names.values())) > 1:
         raise ConfigError(
-            f"node config: client-id and name say the same, got {' and '.join(map(repr, names.values()))}"
+            f"node config: client-id and name say the same, got {' and '.join(map(quoted, names.values()))}"
         )
     for key, name in names.items():
         if not re.fullmatch(NAME_PATTERN, name):
-            raise ConfigError(f"node config: {key} must match {NAME_PATTERN}, got {name!r}")
+            raise ConfigError(f"node config: {key} must match {NAME_PATTERN}, got {quoted(name)}")
         return name
     return client_key_of(partition_id) if "partition-id" in node_config else lasting_name(state_dir)
 
@@ -193,7 +194,7 @@ def _run_to_resume(runs: Path, name: str) -> Path:
     if name == "latest" and there:
         name = there[-1]
     if name not in there:
-        raise ConfigError(f"run config: resume must be a run in {str(runs)!r} or 'latest', got {name!r}")
+        raise ConfigError(f"run config: resume must be a run in {str(runs)!r} or 'latest', got {quoted(name)}")
     return runs / name
 
 

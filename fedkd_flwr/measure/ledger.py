@@ -26,6 +26,11 @@ Row = dict[str, Any]
 Listener = Callable[[Row], None]
 
 LEDGER_FILE = "ledger.jsonl"
+_TIME = "elapsed_seconds"  # every row has it
+
+
+class LedgerError(ValueError):
+    """A ledger that can't be read. The message is one line: which file, which line, what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,9 @@ class Ledger:
     """Appends rows to `directory`/ledger.jsonl and tells a listener.
 
     Where the file holds rows of an earlier process already, time and bytes go on from them.
+
+    Raises:
+        LedgerError: if a line of that file is damaged.
 
     Attributes:
         wire_bytes: of all messages so far.
@@ -150,11 +158,28 @@ def _finite(value: Any) -> Any:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of a ledger file, without an unfinished last line."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """Rows of a ledger file, without an unfinished last line.
+
+    Raises:
+        LedgerError: at a line that is no row.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                yield _row_of(line, number, path)
+
+
+def _row_of(line: bytes, number: int, path: Path) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # also bytes that are no text
+        row = None
+    if isinstance(row, dict) and isinstance(row.get("kind"), str) and isinstance(row.get(_TIME), int | float):
+        return row
+    raise LedgerError(
+        f"line {number} of {str(path)!r} is damaged: it is no row of a ledger; put a copy of the file back, or delete "
+        "that line, and the bytes and scores in it do not count"
+    )
 
 
 def environment() -> Mapping[str, str | int]:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, load
-from fedkd_flwr.measure.ledger import LEDGER_FILE
+from fedkd_flwr.measure.ledger import LEDGER_FILE, LedgerError
 from fedkd_flwr.measure.metrics import SCOPES
 from fedkd_flwr.report.account import Account, account_of
 from fedkd_flwr.report.privacy import privacy_rows
@@ -96,6 +96,8 @@ def status_of(directory: Path) -> RunStatus:
         if not run.rows or run.summary["experiment"] is None:
             raise ValueError("no start row")
         return RunStatus(run, account_of(run.rows), quiet, _patience(run_dir))
+    except LedgerError as error:
+        raise ConfigError(str(error)) from None
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         where = str(run_dir / LEDGER_FILE)
         raise ConfigError(f"{where!r} can't be read as the ledger of a run: {error!r}") from error

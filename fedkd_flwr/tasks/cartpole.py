@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedkd_flwr.core.modules import on_device_of
 from fedkd_flwr.core.predictions import Numbers, Predictions
-from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs
+from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs, Range
 from fedkd_flwr.core.proxy_states import ProxyGrid
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import TaskOptions, copy_shared_tensors
@@ -29,6 +29,7 @@ from fedkd_flwr.tasks.partition import require_client
 NUM_ACTIONS = 2
 MAX_STEPS = 200
 SOLVED = 195.0
+METRICS: dict[str, Range] = {"mean_return": (0.0, MAX_STEPS), "solved": (0.0, 1.0)}
 # Position and angle end an episode at 2.4 m and 12 degrees; speeds have no bound, and are seldom beyond these.
 BOUNDS = ((-2.4, 2.4), (-3.0, 3.0), (-0.2095, 0.2095), (-3.0, 3.0))
 _NUM_AXES = len(BOUNDS)
@@ -132,6 +133,7 @@ class CartPole:
     """The task; see the module's text."""
 
     counts_labels = False
+    metrics = METRICS
     num_actions = NUM_ACTIONS
 
     def __init__(self, options: CartPoleOptions, num_clients: int, seed: int) -> None:

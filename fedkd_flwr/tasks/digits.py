@@ -44,7 +44,7 @@ from fedkd_flwr.tasks.partition import (
     require_client,
 )
 from fedkd_flwr.tasks.public import HeldOutOptions, PublicRows, held_out
-from fedkd_flwr.tasks.scores import classification_scores, predict
+from fedkd_flwr.tasks.scores import CLASSIFICATION_METRICS, classification_scores, predict
 
 NUM_CLASSES = 10
 PIXELS_PER_SIDE = 8
@@ -105,6 +105,7 @@ class Digits:
     """The digits task; see the module's text."""
 
     counts_labels = True
+    metrics = CLASSIFICATION_METRICS
 
     def __init__(self, options: DigitsOptions, num_clients: int, seed: int) -> None:
         self._options = options

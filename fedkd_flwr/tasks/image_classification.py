@@ -31,7 +31,7 @@ from fedkd_flwr.tasks.images import DECODED_BYTES, ImageExamples, Images, ImageT
 from fedkd_flwr.tasks.labels import read_labels
 from fedkd_flwr.tasks.partition import IidPartition, OwnPartition, Rows, TablePartition, WholePartition
 from fedkd_flwr.tasks.public import PublicImageOptions, PublicRows, held_out, public_notes
-from fedkd_flwr.tasks.scores import classification_scores, predict
+from fedkd_flwr.tasks.scores import CLASSIFICATION_METRICS, classification_scores, predict
 from fedkd_flwr.tasks.source import DataSource
 from fedkd_flwr.tasks.stored_names import stored_names
 from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables
@@ -102,6 +102,8 @@ class ImageClassificationOptions(ImageTaskOptions):
 
 class ImageClassification(TableTask):
     """The image classification task; see the module's text."""
+
+    metrics = CLASSIFICATION_METRICS
 
     def __init__(self, options: ImageClassificationOptions, num_clients: int, seed: int) -> None:
         self._options = options

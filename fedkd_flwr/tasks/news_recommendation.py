@@ -22,7 +22,7 @@ from fedkd_flwr.tasks.labels import Labels
 from fedkd_flwr.tasks.news import NewsData, read_impressions, read_news
 from fedkd_flwr.tasks.partition import IidPartition, NaturalPartition, OwnPartition, Rows, SizePartition
 from fedkd_flwr.tasks.recommender import NewsRecommender, require_text_encoder, save_recommender, score
-from fedkd_flwr.tasks.scores import EVALUATION_BATCH, ranking_scores
+from fedkd_flwr.tasks.scores import EVALUATION_BATCH, RANKING_METRICS, ranking_scores
 from fedkd_flwr.tasks.table import ClientRows, load_tables
 from fedkd_flwr.tasks.text import ENCODED_BYTES, TextTaskOptions, require_positions, require_vocabulary
 from fedkd_flwr.tasks.transformer import Transformers, as_tokens, show_attentions
@@ -73,6 +73,7 @@ class NewsRecommendation(TableTask):
     """The news recommendation task; see the module's text."""
 
     counts_labels = False  # which of the candidates was clicked is no class
+    metrics = RANKING_METRICS
 
     def __init__(self, options: NewsRecommendationOptions, num_clients: int, seed: int) -> None:
         self._options = options

@@ -8,9 +8,20 @@ from torch import nn
 
 from fedkd_flwr.core.losses import NO_LABEL
 from fedkd_flwr.core.predictions import Numbers, Predictions
-from fedkd_flwr.core.protocols import Examples, Task
+from fedkd_flwr.core.protocols import Examples, Range, Task
 
 EVALUATION_BATCH = 256
+
+# What the scores below may be; see `Task.metrics`. A loss in nats: that of guessing among a million classes is 14, and
+# beyond the bound a model has diverged, whose mean with others would say nothing.
+SHARE: Range = (0.0, 1.0)
+LOSS: Range = (0.0, 1e6)
+CLASSIFICATION_METRICS: dict[str, Range] = {
+    **dict.fromkeys(("f1", "accuracy", "macro_f1", "precision", "recall"), SHARE),
+    "loss": LOSS,
+}
+ENTITY_METRICS: dict[str, Range] = {**dict.fromkeys(("f1", "precision", "recall", "accuracy"), SHARE), "loss": LOSS}
+RANKING_METRICS: dict[str, Range] = {**dict.fromkeys(("auc", "mrr", "ndcg_5", "ndcg_10"), SHARE), "loss": LOSS}
 
 Span = tuple[int, int, str]
 

@@ -17,7 +17,7 @@ from fedkd_flwr.tasks.data_notes import digests, repeated_notes
 from fedkd_flwr.tasks.labels import read_labels
 from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition, WholePartition
 from fedkd_flwr.tasks.public import PublicRows, PublicTextOptions, held_out, public_notes
-from fedkd_flwr.tasks.scores import classification_scores, predict
+from fedkd_flwr.tasks.scores import CLASSIFICATION_METRICS, classification_scores, predict
 from fedkd_flwr.tasks.source import DataSource, RowNames, column_values, require_text
 from fedkd_flwr.tasks.stored_names import stored_names
 from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables, verb
@@ -77,6 +77,8 @@ class TextClassificationOptions(TextTaskOptions):
 
 class TextClassification(TextTask):
     """The text classification task; see the module's text."""
+
+    metrics = CLASSIFICATION_METRICS
 
     def __init__(self, options: TextClassificationOptions, num_clients: int, seed: int) -> None:
         self._columns = columns = options.data.columns

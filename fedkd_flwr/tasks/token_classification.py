@@ -22,7 +22,7 @@ from fedkd_flwr.tasks.class_names import LabelNames, near_equal_notes
 from fedkd_flwr.tasks.classification_head import head_notes
 from fedkd_flwr.tasks.data_notes import digests, lacking_notes, repeated_notes
 from fedkd_flwr.tasks.partition import IidPartition, Rows, TablePartition, client_notes
-from fedkd_flwr.tasks.scores import entity_scores, predict
+from fedkd_flwr.tasks.scores import ENTITY_METRICS, entity_scores, predict
 from fedkd_flwr.tasks.source import DataSource, RowNames, column_values, require_column
 from fedkd_flwr.tasks.stored_names import stored_names
 from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables, verb
@@ -119,6 +119,8 @@ class TaggedExamples(TokenExamples):
 
 class TokenClassification(TextTask):
     """The token classification task; see the module's text."""
+
+    metrics = ENTITY_METRICS
 
     def __init__(self, options: TokenClassificationOptions, num_clients: int, seed: int) -> None:
         self._columns = columns = options.data.columns

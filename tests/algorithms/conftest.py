@@ -10,7 +10,7 @@ from fedkd_flwr.algorithms.base import Assignment
 from fedkd_flwr.algorithms.loop import LocalTraining, OptimizerOptions
 from fedkd_flwr.core.arrays import Array, Arrays
 from fedkd_flwr.core.predictions import Predictions
-from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs, Task
+from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs, Range, Task
 from fedkd_flwr.tasks.digits import DigitsOptions, VitOptions
 from fedkd_flwr.tasks.partition import IidPartition
 from fedkd_flwr.tasks.scores import predict
@@ -82,6 +82,10 @@ class Without:
     @property
     def counts_labels(self) -> bool:
         return self._task.counts_labels
+
+    @property
+    def metrics(self) -> Mapping[str, Range]:
+        return self._task.metrics
 
     def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
         out = self._task.forward(model, batch, hidden_states=hidden_states, attentions=attentions)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs
 from fedkd_flwr.tasks.base import TensorExamples
-from fedkd_flwr.tasks.scores import classification_scores, predict
+from fedkd_flwr.tasks.scores import CLASSIFICATION_METRICS, classification_scores, predict
 
 NUM_WORDS, NUM_CLASSES, NUM_TOKENS = 12, 3, 6
 
@@ -70,6 +70,7 @@ class Little:
     """The first word decides the class. Client n has teacher n."""
 
     counts_labels = False
+    metrics = CLASSIFICATION_METRICS
 
     def __init__(
         self, teachers: Sequence[Net] = (Net(),), student: Net | None = None, class_weights: Tensor | None = None

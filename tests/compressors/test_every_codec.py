@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedkd_flwr.compressors import COMPRESSORS
-from fedkd_flwr.compressors.payload import PayloadError
+from fedkd_flwr.compressors.numbers import PRECISIONS
+from fedkd_flwr.compressors.payload import HEADER_BYTES, PayloadError
 from fedkd_flwr.core.arrays import Arrays, Spec, TensorSpec
 from fedkd_flwr.core.protocols import Codec
 from tests.compressors.updates import SPEC, Update, same_bits, sample_update, specs_with_updates
@@ -53,6 +54,55 @@ def test_options_are_built_by_their_name_in_the_table(name: str) -> None:
     codec = codec_of(name)
     assert COMPRESSORS[name](name=name).name == name
     assert codec.spec == SPEC
+
+
+def adversarial_updates(spec: Spec) -> list[Update]:
+    """Noise, extremes, denormals, one-hot, constant, a few ranks, a few rows."""
+    rng = np.random.default_rng(0)
+    tiny, huge = np.float32(1e-45), np.float32(3.4e38)
+    makers = [
+        lambda shape: rng.standard_normal(shape),
+        lambda shape: rng.standard_cauchy(shape),
+        lambda shape: rng.choice([-huge, huge], shape),
+        lambda shape: rng.choice([-huge, tiny, 0.0], shape),
+        lambda shape: rng.choice([-tiny, tiny], shape),
+        lambda shape: np.where(np.arange(int(np.prod(shape))).reshape(shape) == 1, 1.0, 0.0),
+        lambda shape: np.full(shape, -0.125),
+        lambda shape: np.exp(rng.uniform(-80, 80, shape)),
+        lambda shape: rng.integers(-2, 3, shape),
+        lambda shape: rng.standard_normal(shape) * (rng.random(shape[:1] + (1,) * (len(shape) - 1)) < 0.3),
+    ]
+    return [{t.name: np.asarray(make(t.shape), np.float32) for t in spec} for make in makers]
+
+
+SHAPES = [(1,), (2,), (3, 3), (5, 1), (2, 2), (7, 64), (65,), (4, 3, 2, 2), (40, 40), (300, 2), (1, 1), (0, 3)]
+
+
+def variants_of(name: str) -> list[dict[str, object]]:
+    """Options that change how tensors are written."""
+    return {
+        "svd": [{"precision": precision, "energy_end": energy} for precision in PRECISIONS for energy in (0.1, 1.0)],
+        "quantize": [{"precision": precision} for precision in PRECISIONS],
+        "powersgd": [{"precision": precision, "rank": rank} for precision in PRECISIONS for rank in (1, 16)],
+        "top_k": [{"fraction": fraction} for fraction in (0.01, 0.5, 1.0)],
+        "transform_coding": [{"energy_start": 0.999}, {"energy_start": 0.1}, {"bytes_per_round": 4000}],
+        "ef21": [{"energy_start": 0.999}],
+    }.get(name, [{}])
+
+
+def test_no_encoder_exceeds_the_length_beyond_which_it_would_be_refused(name: str) -> None:
+    specs = [tuple(TensorSpec(f"t{n}", shape) for n, shape in enumerate(SHAPES))]
+    specs += [(TensorSpec("w", shape),) for shape in SHAPES]
+    for options in variants_of(name):
+        for spec in specs:
+            codec = (
+                COMPRESSORS[name]
+                .model_validate({"name": name, **options})
+                .build_for(spec, "downlink", uplink_feedback=True)
+            )
+            assert codec.most_bytes <= 4 * sum(t.size for t in spec) + len(spec) + HEADER_BYTES
+            for update in adversarial_updates(spec):
+                assert len(encoded(codec, update)) <= codec.most_bytes
 
 
 def test_options_refuse_unknown_keys_and_other_names(name: str) -> None:

@@ -1,5 +1,7 @@
 """Bytes from another machine: refused, or finite arrays of the right shapes; in bounded memory and time."""
 
+import subprocess
+import sys
 import time
 import tracemalloc
 
@@ -12,6 +14,7 @@ from fedkd_flwr.compressors.payload import HEADER_BYTES, Form, Parts, PayloadErr
 from fedkd_flwr.compressors.transform_coding import CODEC_ID
 from fedkd_flwr.core.arrays import Arrays, Spec, TensorSpec
 from fedkd_flwr.core.protocols import Codec
+from tests.conftest import ROOT
 
 # Small, so that thousands of payloads can be tried; every form can occur.
 SPEC: Spec = (
@@ -25,7 +28,8 @@ SPEC: Spec = (
 NUM_MUTATIONS = {"transform_coding": 10_000}
 LARGE: Spec = (TensorSpec("w", (1024, 1024)),)
 DENSE_BYTES = 4 * 1024 * 1024
-PEAK = 20  # in dense float32 sizes of the tensor; integers and their flags are int64 while they are read
+PEAK = 10  # of decoding, in dense float32 sizes of the tensor
+PEAK_OF_BOTH = 15  # of encoding and decoding
 HOSTILE = [0, 1, 2, 0x7F, 0x80, 0xFE, 0xFF]
 
 
@@ -128,6 +132,84 @@ def test_memory_and_time_are_bounded_by_the_model_whatever_arrives() -> None:
         assert time.perf_counter() - before < 10
 
 
+def fillings_of_the_longest_payload() -> list[bytes]:
+    """Bits after the header and the table, as many as a payload may have."""
+    room, rng = DENSE_BYTES - 16, np.random.default_rng(0)
+    return [bytes(room), b"\xff" * room, b"\x55" * room, b"\x01" * room, rng.bytes(room)]
+
+
+@pytest.mark.parametrize("count", [b"", b"\x01", b"\x80\x04", b"\x80\x08"], ids=["dense", "1", "512", "1024"])
+@pytest.mark.parametrize("form", [Form.SPARSE_FLOAT16, Form.CODED_DENSE, Form.CODED_FACTORED, Form.CODED_DENSE_ROWS])
+def test_memory_is_bounded_for_the_longest_payload_that_is_read(form: Form, count: bytes) -> None:
+    codec, header = large_header()
+    for filling in fillings_of_the_longest_payload():
+        payload = header + bytes([form]) + count + np.float32(1).tobytes() + filling
+        tracemalloc.start()
+        try:
+            refused(codec, payload, {})
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < PEAK * DENSE_BYTES
+
+
+def payload_before_trailing_zeros(codec: Codec, form: Form) -> bytes:
+    """A payload of one form that could go on for ever, as far as a reader of its header knows."""
+    zeros = {tensor.name: np.zeros(tensor.shape, np.float32) for tensor in codec.spec}
+    header = codec.encode(zeros, codec.initial_state(), progress=0.0, seed=0)[0][:HEADER_BYTES]
+    return header + bytes([form, 1]) + bytes(len(codec.spec) - 1) + np.float32(1).tobytes()
+
+
+@pytest.mark.parametrize("form", Form, ids=lambda form: form.name)
+@pytest.mark.parametrize("name", sorted(COMPRESSORS))
+def test_trailing_bytes_are_refused_before_any_of_them_is_unpacked(name: str, form: Form) -> None:
+    codec = COMPRESSORS[name](name=name).build((TensorSpec("w", (64, 64)),))
+    state = codec.initial_state()
+    for length in (codec.most_bytes + 1, 8 << 20):
+        payload = payload_before_trailing_zeros(codec, form).ljust(length, b"\0")
+        tracemalloc.start()
+        try:
+            with pytest.raises(PayloadError, match="payload"):
+                codec.decode(payload, state)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < PEAK * 4 * 64 * 64
+
+
+LIMITED = """
+import resource, sys
+import numpy as np
+from fedkd_flwr.compressors import COMPRESSORS
+from fedkd_flwr.compressors.payload import PayloadError
+from fedkd_flwr.core.arrays import TensorSpec
+from tests.compressors.test_hostile_payloads import Form, payload_before_trailing_zeros
+
+codec = COMPRESSORS["transform_coding"](name="transform_coding").build((TensorSpec("w", (1024, 1024)),))
+forms = (Form.SPARSE_FLOAT16, Form.CODED_DENSE, Form.CODED_FACTORED)
+starts = [payload_before_trailing_zeros(codec, form) for form in forms]
+zeros = bytes(128 << 20)
+used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) << 10
+allowed = used + len(zeros) + 10 * (4 << 20)  # the payload itself, and ten times the dense update
+resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
+for start in starts:
+    payload = start + zeros
+    try:
+        codec.decode(payload, {})
+    except PayloadError:
+        continue
+    finally:
+        del payload
+    sys.exit("a payload of 128 MiB was read")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+def test_128_mib_of_zeros_are_refused_within_ten_times_the_dense_update() -> None:
+    done = subprocess.run([sys.executable, "-c", LIMITED], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_large_tensor_of_zeros_in_a_few_bytes_is_read() -> None:
     codec, header = large_header()
     found, _ = codec.decode(header + bytes([Form.CODED_DENSE]) + np.float32(1).tobytes() + b"\x08" + bytes(3), {})
@@ -145,7 +227,7 @@ def test_an_honest_payload_takes_no_more_memory_either(spread: int, size: float)
     finally:
         tracemalloc.stop()
     assert np.array_equal(found["w"].reshape(-1), integers * np.float32(0.5))
-    assert peak < PEAK * DENSE_BYTES
+    assert peak < PEAK_OF_BOTH * DENSE_BYTES
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 2), (2, 0)])

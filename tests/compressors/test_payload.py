@@ -155,12 +155,12 @@ def test_numbers_stand_in_the_order_of_the_spec() -> None:
     ("rank", "varint"), [(1, b"\x01"), (127, b"\x7f"), (128, b"\x80\x01"), (130, b"\x82\x01"), (300, b"\xac\x02")]
 )
 def test_rank_is_a_varint(rank: int, varint: bytes) -> None:
-    spec: Spec = (TensorSpec("w", (300, 301)),)
-    left = np.arange(300 * rank, dtype=np.float32).reshape(300, rank)
-    right = np.arange(rank * 301, dtype=np.float32).reshape(rank, 301)
+    spec: Spec = (TensorSpec("w", (601, 602)),)
+    left = np.arange(601 * rank, dtype=np.float32).reshape(601, rank)
+    right = np.arange(rank * 602, dtype=np.float32).reshape(rank, 602)
     payload = pack(spec, Parts({"w": Factored(left, right)}), SVD)
     assert payload[HEADER_BYTES:].startswith(b"\x05" + varint)
-    assert len(payload) == HEADER_BYTES + 1 + len(varint) + 4 * rank * 601
+    assert len(payload) == HEADER_BYTES + 1 + len(varint) + 4 * rank * 1203
     part = unpack(payload, spec, SVD).by_name["w"]
     assert isinstance(part, Factored)
     assert np.array_equal(part.left, left)

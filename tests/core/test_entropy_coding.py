@@ -174,6 +174,7 @@ def test_reading_beyond_the_end_is_refused() -> None:
 
 def test_a_unary_number_beyond_its_limit_is_refused() -> None:
     assert BitReader(bytes([0b0001_0000])).unary(1, 3).tolist() == [3]
+    assert BitReader(bytes([0b0100_1100])).unary(3, 3).tolist() == [1, 3, 3]
     with pytest.raises(CodingError):
         BitReader(bytes([0b0001_0000])).unary(1, 2)
 

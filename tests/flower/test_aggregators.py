@@ -26,7 +26,7 @@ Oracle = Callable[[Sequence["Round"]], list[Vector]]  # the aggregate of every r
 SHAPES: dict[str, tuple[int, ...]] = {"w": (3, 4), "b": (4,), "scale": ()}  # not in the order of the alphabet
 ETA, TAU, BETA_1, BETA_2, MOMENTUM = 0.05, 1e-3, 0.8, 0.95, 0.7
 NO_NOISE = 1e-30  # far below what float32 shows
-NAMES = ["fedavg", *STRATEGIES]
+NAMES = ["fedavg", "dp_fixed_clipping", *STRATEGIES]
 
 
 @pytest.fixture(autouse=True)
@@ -297,6 +297,15 @@ def test_a_servers_noise_has_the_deviation_of_the_bound_over_the_uploads() -> No
     noise = np.concatenate([flat(taken(aggregator, 1, Round(0, 7))) - silent for _ in range(100)])
     assert noise.std() == pytest.approx(deviation, rel=0.1)
     assert abs(noise.mean()) < 5 * deviation / len(noise) ** 0.5
+
+
+def test_a_servers_noise_is_not_that_of_a_generator_that_somebody_has_seeded() -> None:
+    drawn = []
+    for _ in range(2):
+        np.random.seed(0)
+        aggregator = built("dp_fixed_clipping", clipping_norm=2.0, noise_multiplier=0.5)
+        drawn.append(flat(taken(aggregator, 1, Round(0, 7))))
+    assert not np.isclose(*drawn).any()
 
 
 def test_momentum_is_of_the_uploads_and_not_of_former_aggregates() -> None:

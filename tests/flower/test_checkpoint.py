@@ -103,7 +103,21 @@ def test_all_damaged_is_an_error_that_names_the_directory(checkpoints: Checkpoin
         damage(checkpoints, server_round)
     with pytest.raises(RunError) as caught:
         checkpoints.latest()
-    assert str(caught.value) == f"no checkpoint in {str(tmp_path / CHECKPOINTS_DIR)!r} can be read"
+    said = str(caught.value)
+    assert said.startswith(
+        f"no checkpoint in {str(tmp_path / CHECKPOINTS_DIR)!r} can be read: round-0000002.safetensors"
+    )
+    assert "server.keep_checkpoints" in said
+
+
+def test_of_one_without_a_part_the_one_before_is_taken(checkpoints: Checkpoints) -> None:
+    for server_round in (1, 2):
+        checkpoints.save(checkpoint(server_round))
+    lacking = {name: part for name, part in checkpoint(3).parts.items() if name != "roster"}
+    checkpoints.save(Checkpoint(3, "0123", lacking, {}))
+    assert same(checkpoints.latest(["reference", "roster"]), checkpoint(2))
+    with pytest.raises(RunError, match=r"round-0000003\.safetensors lacks its part 'sampler'"):
+        checkpoints.latest(["sampler"])
 
 
 def test_what_a_killed_process_left_is_no_checkpoint(checkpoints: Checkpoints) -> None:

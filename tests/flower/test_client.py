@@ -13,11 +13,11 @@ from fedkd_flwr.algorithms.base import Assignment, Trained
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.protocols import ClientData
 from fedkd_flwr.core.snapshot import pack_snapshot
-from fedkd_flwr.flower.client import _without_paths
-from fedkd_flwr.flower.errors import StateError
+from fedkd_flwr.flower.errors import NodeError, StateError
+from fedkd_flwr.flower.guard import unplaced, without_places
 from fedkd_flwr.flower.lineage import next_lineage
 from fedkd_flwr.flower.local_grid import task_identity
-from fedkd_flwr.flower.records import HELLO, TRAIN, Hello, HelloReply, Instruction, Reply
+from fedkd_flwr.flower.records import EVALUATE, HELLO, TRAIN, Hello, HelloReply, Instruction, Reply
 from fedkd_flwr.flower.reference import Reference, snapshot_arrays
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.store import ClientStore
@@ -80,7 +80,7 @@ def moved(built: Runtime, scale: float) -> tuple[Reference, bytes]:
     ],
 )
 def test_no_reason_names_a_place_on_the_node(path: str, text: str) -> None:
-    said = _without_paths(text, Path(path))
+    said = without_places(text, {path: "data-path"})
     assert not any(word in said for word in ("srv", "clinic", "a\\b", "smith"))
 
 
@@ -174,3 +174,36 @@ def test_a_client_is_told_which_part_of_the_run_a_round_is(
     monkeypatch.setattr(half, "train", recorded)
     send(first(built, server_round=number), context)
     assert [(assignment.begin, assignment.end) for assignment in seen] == [place]
+
+
+@pytest.mark.parametrize("when", ["hello", "train", "evaluate", "export"])
+@pytest.mark.parametrize("kind", [OSError, RuntimeError, KeyError, StateError])
+def test_no_error_of_any_message_names_a_place_on_the_node(
+    when: str, kind: type[Exception], built: Runtime, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = f"{context.run_config['state-dir']}/0011/00001/private_model/model.safetensors"
+    error = OSError(28, "No space left on device", where) if kind is OSError else kind(f"no room at {where}")
+
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise error
+
+    target = built.algorithm.client if when == "export" else ClientStore
+    method = {"hello": "load", "train": "load", "evaluate": "commit", "export": "export_private"}[when]
+    monkeypatch.setattr(target, method, fail)
+    message = {
+        "hello": Message(Hello(TRAINING, built.lineage).to_records(), 1000, HELLO),
+        "train": Message(first(built).to_records(), 1000, TRAIN),
+    }.get(when, Message(first(built, server_round=4).to_records(), 1000, EVALUATE))
+    with pytest.raises(Exception, match="state-dir") as caught:
+        client_app.app(message, context)
+    chain: list[BaseException | None] = [caught.value, caught.value.__cause__]
+    assert not any(str(context.run_config["state-dir"]) in str(link) for link in chain)
+    assert not any(name in str(caught.value) for name in ("/tmp", f"{Path.home()}/"))
+    assert isinstance(caught.value, StateError if kind is StateError else NodeError)
+
+
+def test_paths_of_the_experiment_itself_are_no_secret(context: Context) -> None:
+    context.run_config["config-text"] = "task: {source: /srv/shared/texts}"
+    with pytest.raises(NodeError) as caught, unplaced(context):
+        raise OSError("'/srv/shared/texts' is not at '/data/clinic 7/texts' or /mnt/x")
+    assert str(caught.value) == "OSError: '/srv/shared/texts' is not at '(a path) 7/texts' or (a path)"

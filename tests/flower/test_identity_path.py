@@ -10,7 +10,7 @@ from transformers import ViTForImageClassification
 
 from fedkd_flwr.algorithms.base import Assignment
 from fedkd_flwr.compressors.identity import IdentityOptions
-from fedkd_flwr.core.arrays import Arrays, Spec
+from fedkd_flwr.core.arrays import Arrays, Spec, num_elements
 from fedkd_flwr.core.modules import read_arrays
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.flower import runtime
@@ -25,6 +25,7 @@ class NoCodec:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
+        self.most_bytes = 4 * num_elements(spec)
 
     def initial_state(self) -> Arrays:
         return {}

@@ -37,7 +37,9 @@ def honest(built: Runtime) -> Reply:
     trained = half.train(built.initial, half.initial_private(data), data, Assignment(0.0, 1))
     assert trained.upload is not None
     payload, _ = built.wires.uplink.encode(trained.upload, {}, progress=0.0, seed=0)
-    return Reply(1, 1, 0, built.lineage, 50, 9, payload, {"accuracy": 0.5}, {"accuracy": 0.4}, {"train_loss": 2.0})
+    return Reply(
+        1, 1, 0, built.lineage, 50, 9, payload, {"accuracy": 0.5}, {"accuracy": 0.4}, train={"train_loss": 2.0}
+    )
 
 
 class Server:

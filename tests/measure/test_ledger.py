@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedkd_flwr.measure.ledger import LEDGER_FILE, Ledger, MessageRow, Row, environment, read_rows
+from fedkd_flwr.measure.ledger import LEDGER_FILE, Ledger, LedgerError, MessageRow, Row, environment, read_rows
 
 MESSAGE = MessageRow(
     round=2,
@@ -227,3 +227,33 @@ def test_what_was_written_can_be_made_durable_while_the_ledger_is_open(
     ledger.make_durable()
     assert len(synced) == 1
     ledger.close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"\x00" * 40,
+        b"\xff\xfe",
+        b"[" * 5000,
+        b"[1]",
+        b"7",
+        b"{}",
+        b'{"kind": "round"}',
+        b'{"kind": 1, "elapsed_seconds": 2}',
+    ],
+    ids=["torn", "zeros", "no text", "nested", "a list", "a number", "empty", "no time", "no kind"],
+)
+def test_a_damaged_line_is_named_with_its_file(tmp_path: Path, line: bytes) -> None:
+    row = b'{"kind": "event", "elapsed_seconds": 0.5}'
+    path = tmp_path / LEDGER_FILE
+    path.write_bytes(row + b"\n" + line + b"\n" + row + b"\n")
+    before = path.read_bytes()
+    for reader in (lambda: list(read_rows(path)), lambda: Ledger(tmp_path)):
+        with pytest.raises(LedgerError) as caught:
+            reader()
+        said = str(caught.value)
+        assert said.startswith(f"line 2 of {str(path)!r} is damaged")
+        assert "delete that line" in said
+        assert "\n" not in said
+    assert path.read_bytes() == before

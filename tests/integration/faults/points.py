@@ -20,7 +20,7 @@ from fedkd_flwr.core.modules import prefixed
 from fedkd_flwr.core.predictions import Predictions
 from fedkd_flwr.core.protocols import Batch, ClientData, DataReport, Examples, Models, Outputs
 from fedkd_flwr.tasks.base import TensorExamples
-from fedkd_flwr.tasks.scores import classification_scores, predict
+from fedkd_flwr.tasks.scores import CLASSIFICATION_METRICS, classification_scores, predict
 
 PER_CLIENT = 30
 STEP = 2.0**-7
@@ -30,6 +30,7 @@ class Points:
     """Two moons, divided evenly."""
 
     counts_labels = False
+    metrics = CLASSIFICATION_METRICS
 
     def __init__(self, num_clients: int, seed: int) -> None:
         points, labels = make_moons(PER_CLIENT * (num_clients + 4), noise=0.2, random_state=seed % 2**32)
@@ -82,6 +83,10 @@ class FeedbackCodec:
         self._parameters = [t for t in spec if t.kind == "parameter"]
         self._buffers = [t for t in spec if t.kind == "buffer"]
 
+    @property
+    def most_bytes(self) -> int:
+        return 4 + sum(2 * t.size for t in self._parameters) + sum(4 * t.size for t in self._buffers)
+
     def initial_state(self) -> Arrays:
         zeros = {t.name: np.zeros(t.shape, np.float32) for t in self._parameters}
         return {"count": np.array(0), **prefixed("residual/", zeros)}
@@ -99,9 +104,8 @@ class FeedbackCodec:
         return b"".join(parts), following
 
     def decode(self, payload: bytes, state: Arrays) -> tuple[Arrays, Arrays]:
-        expected = 4 + sum(2 * t.size for t in self._parameters) + sum(4 * t.size for t in self._buffers)
-        if len(payload) != expected:
-            raise PayloadError(f"payload must have {expected} bytes, got {len(payload)}")
+        if len(payload) != self.most_bytes:
+            raise PayloadError(f"payload must have {self.most_bytes} bytes, got {len(payload)}")
         count = int(np.frombuffer(payload, "<u4", 1)[0])
         if count != int(state["count"]):
             raise PayloadError(f"encoder is at {count}, decoder at {int(state['count'])}")

@@ -126,6 +126,14 @@ def metric(key: str, value: float) -> Act:
     return changed(alter)
 
 
+def sixty_metrics(reply: Message) -> None:
+    reply.content["metrics"].update({f"s.invented_{n}": 0.5 for n in range(60)})  # type: ignore[union-attr]
+
+
+def with_zeros(data: bytes) -> bytes:
+    return data + bytes(8 << 20)
+
+
 def flipped(data: bytes) -> bytes:
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 0x10]) + data[middle + 1 :]
@@ -552,6 +560,10 @@ FAULTS = [
     Fault("reply without a payload", "malformed", changed(lambda reply: remove_payload(reply.content)), committed=True),
     Fault("an archive in place of an array", "malformed", changed(archive), committed=True),
     Fault("a pickle in place of an array", "malformed", changed(pickled), committed=True),
+    Fault("an accuracy of 2.5e29", "malformed", metric("s.accuracy", 2.5e29), committed=True),
+    Fault("a training loss of 1e29", "malformed", metric("t.train_loss", 1e29), committed=True),
+    Fault("sixty invented metrics", "malformed", changed(sixty_metrics), committed=True),
+    Fault("8 MiB of zeros after the payload", "payload", payload(with_zeros), committed=True),
     Fault("reply for an old version", "stale", metric("version", 0), committed=True),
     Fault("reply from another lineage", "stale", metric("lineage", 12345), committed=True),
     Fault("reply to another attempt", "stale", metric("attempt", 7), committed=True),
