@@ -18,6 +18,7 @@ from fedkd_flwr.compressors import COMPRESSORS, CompressorOptions
 from fedkd_flwr.core.arrays import Spec
 from fedkd_flwr.core.protocols import ActingTask, Codec, Direction, Task
 from fedkd_flwr.core.seeds import derive_seed
+from fedkd_flwr.disk import unwritable_place
 from fedkd_flwr.measure.link import NetworkOptions
 from fedkd_flwr.privacy import PrivacyOptions
 from fedkd_flwr.server_options import DpFixedClippingAggregation, EarlyStopOptions, FedAvgAggregation, ServerOptions
@@ -154,6 +155,8 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             return task.build(self.num_clients, self.seed)
         except (ValueError, RuntimeError, MemoryError) as error:
             raise ConfigError(_one_line(str(error)) or "not enough memory for the data") from error
+        except OSError as error:
+            raise ConfigError(f"task: {unwritable_place(error) or _one_line(str(error))}") from error
 
     def build_algorithm(self, task: Task) -> Algorithm:
         """The algorithm on that task.
