@@ -47,11 +47,9 @@ def escape_what_streams_lack() -> None:
 
 
 def _escaped(character: str) -> str:
-    return (
-        character.encode("ascii", "backslashreplace").decode("ascii")
-        if ord(character) > 0x7F
-        else repr(character)[1:-1]
-    )
+    # The first knows no half of a pair, the second no control character.
+    codec = "unicode_escape" if ord(character) < 0x80 else "ascii"
+    return character.encode(codec, "backslashreplace").decode("ascii")
 
 
 def _discard(stream: TextIO | Any) -> None:

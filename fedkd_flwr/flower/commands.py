@@ -215,7 +215,8 @@ class Commands:
                 cwd=self._home,
                 env=environment(self._home),
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 stdin=subprocess.DEVNULL,
                 timeout=_COMMAND_SECONDS,
             )
