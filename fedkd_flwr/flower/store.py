@@ -59,7 +59,7 @@ DAMAGED_SUFFIX = ".damaged"
 PREVIOUS_FILE = "previous.safetensors"
 FORMAT = "fedkd client state 2"
 REFERENCE_FORMAT = "fedkd reference 1"
-_BYTES_BESIDE = 65_536  # at most, of a file beside its arrays: header, names, facts
+_BYTES_BESIDE = 16_384  # at most, of a file beside its arrays: header, names, facts
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
 
 _log = logging.getLogger("fedkd")
