@@ -107,7 +107,11 @@ def make_directory(directory: Path, mode: int = 0o777) -> None:
         return
     if directory.parent != directory:
         make_directory(directory.parent)
-    directory.mkdir(mode=mode, exist_ok=True)
+    try:
+        directory.mkdir(mode=mode)
+    except FileExistsError:
+        if not directory.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory)) from None
     make_durable(directory.parent)
 
 
