@@ -153,10 +153,8 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         try:
             task = self.task if data_path is None else self.task.at_node(data_path)
             return task.build(self.num_clients, self.seed)
-        except (ValueError, RuntimeError, MemoryError) as error:
-            raise ConfigError(_one_line(str(error)) or "not enough memory for the data") from error
-        except OSError as error:
-            raise ConfigError(f"task: {unwritable_place(error) or _one_line(str(error))}") from error
+        except (ValueError, RuntimeError, MemoryError, OSError) as error:
+            raise ConfigError(unwritable_place(error) or _one_line(str(error)) or "no memory for the data") from error
 
     def build_algorithm(self, task: Task) -> Algorithm:
         """The algorithm on that task.

@@ -41,7 +41,8 @@ def test_after_the_reader_has_gone_the_work_goes_on_in_silence() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = ran(
-        "for _ in range(100): out.print('x' * 10_000)\nimport sys; print('done', file=sys.stderr)",
+        "for _ in range(20): out.print('x' * 10_000, highlight=False, soft_wrap=True)\n"
+        "import sys; print('done', file=sys.stderr)",
         capture_output=False,
         stdout=writer,
         stderr=subprocess.PIPE,
