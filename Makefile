@@ -2,6 +2,7 @@
 # make test   the default test suite, in WORKERS=2 processes
 # make check  style, types and the default test suite, in as many
 # make slow   the tests that start Flower's own processes, one after another
+# make nightly  what takes another environment, root or many minutes
 # make faults everything that can go wrong, one by one, and what must hold afterwards
 # make bench  where the time of a run goes
 
@@ -9,25 +10,28 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: run test slow check faults bench install
+.PHONY: run test slow nightly check faults bench install
 
 run: install
 	$(BIN)/fedkd compare conf/digits_fedkd.yaml conf/digits_fedavg.yaml
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+	$(BIN)/python -m pytest -m "not slow and not nightly" -n $(WORKERS)
 
 slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not nightly"
+
+nightly: install
+	$(BIN)/python -m pytest -m nightly
 
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+	$(BIN)/python -m pytest -m "not slow and not nightly" -n $(WORKERS)
 
 faults: install
-	$(BIN)/python -m pytest -q -m "not slow" tests/integration/faults
+	$(BIN)/python -m pytest -q -m "not slow and not nightly" tests/integration/faults
 
 bench: install
 	$(BIN)/python benchmarks/round_time.py

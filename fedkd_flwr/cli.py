@@ -12,22 +12,24 @@ from typing import Annotated
 import click
 import typer
 from rich import box
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 import fedkd_flwr
 from fedkd_flwr.cli_deploy import deploy
+from fedkd_flwr.console import Terminal, escape_what_streams_lack, one_line
 from fedkd_flwr.core.protocols import DataElsewhereError
 from fedkd_flwr.core.quoting import quoted
+from fedkd_flwr.disk import disk_refuses, unwritable_place
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, Experiment, baselines_of, load
 from fedkd_flwr.flower.budget import check_accounting
 from fedkd_flwr.flower.cluster import joined_cluster
 from fedkd_flwr.flower.deployment import run_demo
 from fedkd_flwr.flower.errors import RunError
-from fedkd_flwr.flower.inventory import delete_state, kept_states
+from fedkd_flwr.flower.inventory import delete_state, describe_age, kept_states
 from fedkd_flwr.flower.launcher import launch
 from fedkd_flwr.flower.processes import ENDING
+from fedkd_flwr.flower.retention import size_on_disk
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.server import check_resumable
 from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
@@ -64,8 +66,8 @@ app = typer.Typer(
     help="Federated knowledge distillation on Flower: small on the wire.",
 )
 app.add_typer(deploy, name="deploy")
-out = Console()
-err = Console(stderr=True)
+out = Terminal()
+err = Terminal(stderr=True)
 
 Config = Annotated[Path, typer.Argument(help="YAML file of an experiment")]
 Configs = Annotated[list[Path], typer.Argument(help="YAML files of experiments")]
@@ -132,19 +134,23 @@ def state(
     ]
     if not listed:
         raise ConfigError(f"{str(root)!r} holds no client state{' of that name' if training or client else ''}")
-    table = Table("training", "client", "version", "last reply", "kB", "changed", "", box=box.SIMPLE)
+    num_bytes = size_on_disk(kept.directory for kept in listed)
+    table = Table("training", "client", "version", "last reply", "kB", "changed", "age", "", box=box.SIMPLE)
     for kept in listed:
         if delete:
             try:
                 delete_state(kept)
             except OSError as error:
-                raise RunError(f"{str(kept.directory)!r} can't be deleted: {error}") from error
+                raise RunError(f"{str(kept.directory)!r} can't be deleted: {error.strerror}") from error
         version = "damaged" if kept.version is None else str(kept.version)
         replied = f"round {kept.replied_round}" if kept.replied_round else "-"
-        changed = f"{kept.changed:%Y-%m-%d %H:%M}"
-        fate = "deleted" if delete else ""
-        table.add_row(kept.training_id, kept.client_key, version, replied, f"{kept.num_bytes / 1e3:.0f}", changed, fate)
-    (out if out.is_terminal else Console(width=120)).print(table)
+        changed, age = f"{kept.changed:%Y-%m-%d %H:%M}", describe_age(datetime.now() - kept.changed)
+        size, fate = f"{kept.num_bytes / 1e3:.0f}", "deleted" if delete else ""
+        table.add_row(kept.training_id, kept.client_key, version, replied, size, changed, age, fate)
+    (out if out.is_terminal else Terminal(width=120)).print(table)
+    trainings = len({kept.training_id for kept in listed})
+    total = f"{len(listed)} states of {trainings} trainings, {num_bytes} bytes; what clients share is counted once"
+    out.print(total, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -209,12 +215,12 @@ def status(
 ) -> None:
     """Say how a run stands, while it goes on or after it."""
     now = status_of(directory)
-    console = out if out.is_terminal else Console(width=120)
+    console = out if out.is_terminal else Terminal(width=120)
     if watch is None:
         console.print(now.table())
         return
     with Live(now.table(), console=console, auto_refresh=False) as live:
-        while not now.ended:
+        while not now.ended and not console.quiet:  # it is once nobody reads any more
             time.sleep(watch)
             now = status_of(directory)
             live.update(now.table(), refresh=True)
@@ -279,6 +285,7 @@ def deployment(
 
 def main() -> None:
     """Entry point: one line for an error, and an exit status that can be relied on."""
+    escape_what_streams_lack()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # As Ctrl-C: whoever ends this process means the run, and the SuperLink that it started.
     for number in ENDING[1:]:
@@ -294,14 +301,27 @@ def main() -> None:
         code = EXIT_INTERRUPTED
     except click.ClickException as error:
         _fail(error.format_message(), EXIT_BAD_INPUT)
+    except OSError as error:
+        if not disk_refuses(error):
+            raise
+        _fail(unwritable_place(error) or _refused(error), EXIT_FAILED)
     if code == EXIT_INTERRUPTED:
         _fail("interrupted", EXIT_INTERRUPTED)
     sys.exit(code or 0)
 
 
 def _fail(message: str, code: int) -> None:
-    err.print(f"fedkd: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    err.print(f"fedkd: {one_line(message)}", style="red", highlight=False, markup=False, soft_wrap=True)
     sys.exit(code)
+
+
+def _refused(error: OSError) -> str:
+    """What the disk refused, in one line."""
+    what = repr(error.filename) if error.filename else "a file"
+    return (
+        f"{what} can't be written: {error.strerror or error}; "
+        "make room there, or choose another directory (--output-dir, TMPDIR, FLWR_HOME)"
+    )
 
 
 def _run(experiment: Experiment, output_dir: Path | None, in_process: bool, noted: set[str]) -> Path:
@@ -406,7 +426,7 @@ def _show(directories: list[Path], output: Path | None, link: NetworkOptions | N
     figure, table = write_report(directories, output, link)
     runs = [read_run(directory) for directory in directories]
     link = link or common_link(runs)
-    console = out if out.is_terminal else Console(width=120)
+    console = out if out.is_terminal else Terminal(width=120)
     table_of_runs = screen_table(
         table_rows(runs, link), link.describe(), rounds_in_words(runs), runs[0].metric, console.width
     )

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from fedkd_flwr.console import Terminal
 from fedkd_flwr.experiment import ConfigError
 from fedkd_flwr.flower.certificates import CA_DAYS, make_certificates, make_node_key
 from fedkd_flwr.flower.commands import Commands, add_connection, require_connection
@@ -13,7 +13,7 @@ from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.settings import flower_home
 
 deploy = typer.Typer(invoke_without_command=True)
-out = Console()
+out = Terminal()
 
 
 @deploy.command()

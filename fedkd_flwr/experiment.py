@@ -19,6 +19,7 @@ from fedkd_flwr.core.arrays import Spec
 from fedkd_flwr.core.protocols import ActingTask, Codec, Direction, Task
 from fedkd_flwr.core.quoting import cut, quoted
 from fedkd_flwr.core.seeds import derive_seed
+from fedkd_flwr.disk import unwritable_place
 from fedkd_flwr.measure.link import NetworkOptions
 from fedkd_flwr.privacy import PrivacyOptions
 from fedkd_flwr.server_options import DpFixedClippingAggregation, EarlyStopOptions, FedAvgAggregation, ServerOptions
@@ -156,8 +157,8 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         try:
             task = self.task if data_path is None else self.task.at_node(data_path)
             return task.build(self.num_clients, self.seed)
-        except (ValueError, RuntimeError, MemoryError) as error:
-            raise ConfigError(_one_line(str(error)) or "not enough memory for the data") from error
+        except (ValueError, RuntimeError, MemoryError, OSError) as error:
+            raise ConfigError(unwritable_place(error) or _one_line(str(error)) or "no memory for the data") from error
 
     def build_algorithm(self, task: Task) -> Algorithm:
         """The algorithm on that task.

@@ -12,6 +12,8 @@ SOURCES = sorted((ROOT / PACKAGE).rglob("*.py")) + [ROOT / f"{app}.py" for app i
 
 LAYERS = {
     "core": 0,
+    "console": 0,
+    "disk": 0,
     "algorithms": 1,
     "compressors": 1,
     "tasks": 1,

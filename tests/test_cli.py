@@ -13,9 +13,10 @@ from fedkd_flwr.experiment import CONFIG_FILE
 from fedkd_flwr.flower.checkpoint import Checkpoints
 from fedkd_flwr.flower.commands import Commands
 from fedkd_flwr.flower.errors import RunError
+from fedkd_flwr.flower.retention import LOCK_FILE, REFERENCES_DIR
 from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.flower.server import parts_of
-from fedkd_flwr.flower.store import REFERENCES_DIR, ClientStore
+from fedkd_flwr.flower.store import ClientStore
 from fedkd_flwr.measure.summary import SUMMARY_FILE, read_summary
 from tests.conftest import ROOT, SMALL, Run, small
 
@@ -279,7 +280,7 @@ def states(tmp_path: Path) -> Path:
 
 def kept(states: Path) -> set[str]:
     found = states.glob("*/*") if states.exists() else ()
-    return {f"{path.parent.name}/{path.name}" for path in found if path.name != REFERENCES_DIR}
+    return {f"{path.parent.name}/{path.name}" for path in found if path.name not in (REFERENCES_DIR, LOCK_FILE)}
 
 
 def test_state_lists_what_clients_keep_and_deletes_nothing(states: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from flwr.cli.build import build_fab_from_disk
 
+from fedkd_flwr.flower.retention import KEEP_HALF_A_YEAR
 from fedkd_flwr.flower.settings import NODE_KEYS
 from tests.conftest import ROOT
 
@@ -106,6 +107,45 @@ def test_a_unit_is_no_root_and_never_gives_up(path: Path) -> None:
         assert settings[key] == [value]
 
 
+HARDENED = {
+    **dict.fromkeys(("NoNewPrivileges", "PrivateUsers", "PrivateMounts", "PrivateTmp", "ProtectHome"), "yes"),
+    **dict.fromkeys(("ProtectClock", "ProtectControlGroups", "ProtectHostname", "ProtectKernelLogs"), "yes"),
+    **dict.fromkeys(("ProtectKernelModules", "ProtectKernelTunables", "RestrictNamespaces"), "yes"),
+    **dict.fromkeys(("RestrictRealtime", "RestrictSUIDSGID", "LockPersonality"), "yes"),
+    "ProtectSystem": "strict",
+    "ProtectProc": "invisible",
+    "CapabilityBoundingSet": "",
+    "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6",
+    "SystemCallArchitectures": "native",
+    "SystemCallErrorNumber": "EPERM",
+    "LimitCORE": "0",
+    "UMask": "0077",
+}
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_a_unit_may_do_what_its_program_needs_and_no_more(path: Path) -> None:
+    settings = unit(path)
+    assert {key: settings.get(key) for key in HARDENED} == {key: [value] for key, value in HARDENED.items()}
+    assert settings["SystemCallFilter"] == ["@system-service", "~@privileged @resources"]
+    assert int(settings["TasksMax"][0]) >= 512
+    if path.name == "fedkd-superlink.service":  # the one that loads no models
+        for key, value in (("PrivateDevices", "yes"), ("MemoryDenyWriteExecute", "yes"), ("ProcSubset", "pid")):
+            assert settings[key] == [value]
+    else:
+        assert settings["DevicePolicy"] == ["closed"]
+        assert settings["DeviceAllow"] == ["char-nvidia* rw"]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_systemd_rates_a_unit_below_two_of_ten(path: Path) -> None:
+    done = subprocess.run(["systemd-analyze", "security", "--offline=true", path], capture_output=True, text=True)
+    exposure = re.search(r"exposure level for \S+: ([\d.]+)", done.stdout)
+    assert exposure is not None, done.stdout + done.stderr
+    assert float(exposure[1]) < 2.0
+
+
 @pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
 def test_the_environment_file_sets_what_a_unit_reads(path: Path) -> None:
     settings = unit(path)
@@ -143,7 +183,25 @@ def test_the_example_of_a_node_configuration_has_keys_that_nodes_know() -> None:
     text = (DEPLOY / "node.toml").read_text()
     assert tomllib.loads(text).keys() <= set(NODE_KEYS)
     commented = "\n".join(re.findall(r"^# (\S+ = .*)$", text, flags=re.MULTILINE))
-    assert tomllib.loads(commented).keys() == {"partition-id", "device", "state-dir"}
+    assert tomllib.loads(commented).keys() == {
+        *("partition-id", "device", "state-dir", "state-max-age-days", "state-max-bytes")
+    }
+
+
+def test_the_page_and_the_example_tell_the_limits_of_state_as_they_are() -> None:
+    page, example = (ROOT / "docs" / "deploy.md").read_text(), (DEPLOY / "node.toml").read_text()
+    days = f"{KEEP_HALF_A_YEAR.max_age_days:g}"
+    assert f"`state-max-age-days`, {days} unless set" in page
+    assert f"# state-max-age-days = {days} " in example
+    assert KEEP_HALF_A_YEAR.max_bytes == 0
+    assert "`state-max-bytes`, none unless set" in page
+
+
+def test_what_takes_another_environment_or_minutes_is_left_to_the_night() -> None:
+    recipes = dict(re.findall(r"^(\w+): install\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for target in ("test", "slow", "check", "faults"):
+        assert "not nightly" in recipes[target], target
+    assert "-m nightly" in recipes["nightly"]
 
 
 def test_no_key_gets_into_the_app_that_is_sent_to_nodes(tmp_path: Path) -> None:

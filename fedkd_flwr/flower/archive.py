@@ -3,7 +3,6 @@
 The file is safetensors: arrays in its body, the facts as JSON in its header with a checksum over both. No pickle.
 """
 
-import errno
 import json
 import os
 import zlib
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fedkd_flwr.core.arrays import Array, Arrays
+from fedkd_flwr.disk import make_durable
 
 _SAFETENSORS_PARTIAL = ".tmp*"  # where the library itself writes first
 _FORMAT, _FACTS, _CHECKSUM = "format", "facts", "crc32"
@@ -110,18 +110,6 @@ def reason_without_place(error: Exception, path: Path) -> str:
     """What went wrong with a file, not where it lies: a node's reasons are read by the server."""
     text = error.strerror if isinstance(error, OSError) else None
     return (text or str(error)).replace(f"{path.parent}/", "")
-
-
-def make_durable(path: Path) -> None:
-    """Wait until a file or a folder's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some file systems know no such thing
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _header(header: Mapping[str, str] | None, kind: str) -> Mapping[str, str]:

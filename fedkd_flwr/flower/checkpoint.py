@@ -18,7 +18,8 @@ import numpy as np
 
 from fedkd_flwr.core.arrays import Array
 from fedkd_flwr.core.modules import prefixed, without_prefix
-from fedkd_flwr.flower.archive import Archive, ArchiveError, make_durable, read_archive, write_archive
+from fedkd_flwr.disk import make_directory, write_whole
+from fedkd_flwr.flower.archive import Archive, ArchiveError, read_archive, write_archive
 from fedkd_flwr.flower.errors import RunError
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -89,7 +90,7 @@ class Checkpoints:
         arrays[_FACTS] = np.frombuffer(written, np.uint8)
         header = {"server_round": checkpoint.server_round, "training_id": checkpoint.training_id}
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory)
             write_archive(self._path(checkpoint.server_round), FORMAT, Archive(header, arrays))
             for path in self._paths()[self._keep :]:
                 path.unlink()
@@ -102,12 +103,9 @@ class Checkpoints:
         Raises:
             RunError: if the disk refuses.
         """
-        partial = self.directory / f"{_CHOICE_FILE}.partial"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(asdict(choice)), encoding="utf-8")
-            make_durable(partial)
-            partial.replace(self.directory / _CHOICE_FILE)
+            make_directory(self.directory)
+            write_whole(self.directory / _CHOICE_FILE, json.dumps(asdict(choice)))
         except OSError as error:
             raise RunError(f"the choice of round {choice.server_round} can't be written: {error}") from error
 

@@ -1,7 +1,6 @@
 """The client's end of the exchange: reach the version asked for, train, remember, reply."""
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from fedkd_flwr.core.protocols import ClientData
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.core.snapshot import unpack_snapshot
 from fedkd_flwr.experiment import ConfigError
+from fedkd_flwr.flower.client_state import UNKNOWN_VERSION, ClientState, LastReply
 from fedkd_flwr.flower.errors import StateError
 from fedkd_flwr.flower.guard import unplaced
 from fedkd_flwr.flower.lineage import next_lineage
@@ -26,7 +26,7 @@ from fedkd_flwr.flower.reference import DECODER, SHARED, snapshot_arrays
 from fedkd_flwr.flower.replies import reason_of
 from fedkd_flwr.flower.runtime import Runtime, runtime_of
 from fedkd_flwr.flower.settings import ClientSettings, client_settings
-from fedkd_flwr.flower.store import UNKNOWN_VERSION, ClientState, ClientStore, LastReply
+from fedkd_flwr.flower.store import ClientStore
 from fedkd_flwr.privacy import PrivacyOptions, privatised
 
 PRIVATE_MODEL_DIR = "private_model"
@@ -59,7 +59,8 @@ class Client:
 
     def store(self, training_id: str) -> ClientStore:
         """Where this client remembers a training."""
-        return ClientStore(self.settings.state_dir, training_id, self.settings.client_key)
+        settings = self.settings
+        return ClientStore(settings.state_dir, training_id, settings.client_key, settings.retention)
 
     def fresh_state(self) -> ClientState:
         """The state before the first round."""
@@ -184,10 +185,11 @@ def _evaluate(message: Message, context: Context, app_dir: Path) -> Message:
     state = store.commit(state)
     half = client.runtime.algorithm.client
     scores = _scores(client, state)
-    # Cleared first: what an earlier version of this run wrote there may have had other files.
-    directory = store.directory / PRIVATE_MODEL_DIR
-    shutil.rmtree(directory, ignore_errors=True)
-    half.export_private(state.shared, state.private, client.data, directory)
+    store.export(
+        PRIVATE_MODEL_DIR,
+        {**state.shared, **state.private},
+        lambda directory: half.export_private(state.shared, state.private, client.data, directory),
+    )
     reply = _told(client, replace(_scored(client, state, instruction, scores), seconds=seconds))
     return Message(reply.to_records(), reply_to=message)
 

@@ -6,7 +6,6 @@ summary both say so.
 
 import json
 import shlex
-import shutil
 import subprocess
 import time
 import tomllib
@@ -15,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedkd_flwr.disk import make_directory, write_whole
 from fedkd_flwr.experiment import ConfigError, Experiment
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.processes import POLL_SECONDS, Child, end, environment, interrupts_wait, start
@@ -61,14 +61,12 @@ def add_connection(home: Path, name: str, address: str, root_certificates: Path 
         rows: dict[str, bool | str] = {"address": address}
         rows |= {"root-certificates": str(root_certificates.resolve())} if root_certificates else {"insecure": True}
         section = "".join(f"{key} = {toml(value)}\n" for key, value in rows.items())
-        home.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(f"{text.rstrip()}\n\n[superlink.{toml(name)}]\n{section}", encoding="utf-8")
-        if file.exists():
-            shutil.copymode(file, partial)  # what was closed to others stays closed
-        partial.replace(file)
+        make_directory(home)
+        write_whole(file, f"{text.rstrip()}\n\n[superlink.{toml(name)}]\n{section}")
     except OSError as error:
-        raise ConfigError(f"{str(file)!r} can't be written: {error.strerror}") from error
+        raise ConfigError(
+            f"{str(file)!r} can't be written: {error.strerror}; set FLWR_HOME to a directory that can"
+        ) from error
     except ValueError as error:
         raise ConfigError(f"{str(file)!r} can't be read as TOML: {error}") from error
     return file
@@ -101,6 +99,13 @@ def run_config(
     """The run config of a run whose results go to `run_dir`: <output>/<experiment name>/<run name>."""
     if run_dir.parent.name != experiment.name:
         raise ConfigError(f"{str(run_dir)!r} must lie in a folder named {experiment.name!r}, as the run is")
+    try:
+        str(run_dir).encode()
+    except UnicodeEncodeError:  # Flower's configuration is TOML, which has no other characters
+        raise ConfigError(
+            f"output_dir: must be a path that UTF-8 can write, got {str(run_dir.parent.parent)!r}; "
+            "give another one, or run --in-process"
+        ) from None
     return {
         "config-text": experiment.to_yaml(),
         "output-dir": str(run_dir.parent.parent),
@@ -215,7 +220,8 @@ class Commands:
                 cwd=self._home,
                 env=environment(self._home),
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 stdin=subprocess.DEVNULL,
                 timeout=_COMMAND_SECONDS,
             )

@@ -1,13 +1,17 @@
 """What clients keep on this machine's disk: to look at, and to delete."""
 
+import errno
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
+from fedkd_flwr.experiment import NAME_PATTERN
 from fedkd_flwr.flower.archive import ArchiveError, read_facts
-from fedkd_flwr.flower.store import DAMAGED_SUFFIX, FORMAT, PREVIOUS_FILE, REFERENCES_DIR, STATE_FILE
+from fedkd_flwr.flower.retention import LOCK_FILE, REFERENCES_DIR, alone
+from fedkd_flwr.flower.store import DAMAGED_SUFFIX, FORMAT, PREVIOUS_FILE, STATE_FILE
 
 _OURS = (STATE_FILE, PREVIOUS_FILE, Path(STATE_FILE).with_suffix(DAMAGED_SUFFIX).name, "reference-*.safetensors")
 
@@ -40,7 +44,10 @@ def kept_states(directory: Path) -> Iterator[Kept]:
     state_dir = directory / "state" if (directory / "state").is_dir() else directory
     for client in sorted(state_dir.glob("*/*")):
         # Nothing is listed, and so nothing deleted, that does not look like a client's.
-        if client.is_dir() and any(next(client.glob(pattern), None) for pattern in _OURS):
+        names = (client.parent.name, client.name)
+        if not client.is_dir() or not all(re.fullmatch(NAME_PATTERN, name) for name in names):
+            continue
+        if any(next(client.glob(pattern), None) for pattern in _OURS):
             yield _kept(client)
 
 
@@ -59,13 +66,29 @@ def _kept(directory: Path) -> Kept:
 
 
 def delete_state(kept: Kept) -> None:
-    """Delete what a client keeps, its private model included; and what was shared, once no client is left."""
-    shutil.rmtree(kept.directory)
+    """Delete what a client keeps, its private model included; and what was shared, once no client is left.
+
+    Raises:
+        OSError: if a process works for the training now, or the disk refuses.
+    """
     training = kept.directory.parent
-    references = training / REFERENCES_DIR
-    if references.is_dir():
-        for pooled in references.iterdir():
-            if pooled.stat().st_nlink == 1:
-                pooled.unlink()
-    if {path.name for path in training.iterdir()} <= {REFERENCES_DIR}:
-        shutil.rmtree(training)
+    with alone(training) as free:
+        if not free:
+            raise OSError(errno.EBUSY, "a process of this machine works for this training now; end its run first")
+        shutil.rmtree(kept.directory)
+        references = training / REFERENCES_DIR
+        if references.is_dir():
+            for pooled in references.iterdir():
+                if pooled.stat().st_nlink == 1:
+                    pooled.unlink()
+        if {path.name for path in training.iterdir()} <= {REFERENCES_DIR, LOCK_FILE}:
+            shutil.rmtree(training)
+
+
+def describe_age(age: timedelta) -> str:
+    """How long ago, in the largest unit of which there is one."""
+    seconds = age.total_seconds()
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return "now"

@@ -38,6 +38,8 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_NUM_THREADS": "1",
+        "PYTHONUTF8": "1",  # whatever this process writes in, Flower prints what only UTF-8 has
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "no_proxy": direct,
         "NO_PROXY": direct,
@@ -77,7 +79,7 @@ class Child:
 
     def failure(self, what: str) -> RunError:
         """The error that it failed so, with the end of its log."""
-        text = " ".join(self.log.read_text(errors="replace").split())
+        text = " ".join(self.log.read_text(encoding="utf-8", errors="replace").split())
         return RunError(f"{self.name} {what}: {text[-_TAIL_CHARACTERS:] or 'it printed nothing'}")
 
 

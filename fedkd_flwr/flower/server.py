@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from fedkd_flwr.algorithms.base import LearningServer
 from fedkd_flwr.core.arrays import num_elements
+from fedkd_flwr.disk import make_directory, write_directory, write_whole
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, load
 from fedkd_flwr.flower.budget import check_accounting
 from fedkd_flwr.flower.checkpoint import Checkpoints
@@ -67,15 +68,16 @@ def serve(grid: Grid, settings: ServerSettings, listener: Listener | None = None
     if settings.resume:
         check_resumable(settings)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(run_dir)
     except OSError as error:
-        raise RunError(f"output directory {str(run_dir)!r} can't be made: {error.strerror}") from error
+        raise RunError(
+            f"output-dir: {str(run_dir)!r} can't be made: {error.strerror}; "
+            "set output-dir in the run config to a directory that can be written"
+        ) from error
     with _only_one_process(run_dir):
         if not settings.resume and (run_dir / LEDGER_FILE).exists():
             raise RunError(f"{str(run_dir)!r} holds a run already; resume it, or give another run-name")
-        partial = run_dir / f".{CONFIG_FILE}.partial"
-        partial.write_text(settings.experiment.to_yaml(), encoding="utf-8")
-        partial.replace(run_dir / CONFIG_FILE)
+        write_whole(run_dir / CONFIG_FILE, settings.experiment.to_yaml())
         _run(grid, runtime, settings, _ledger(run_dir, listener))
     return run_dir
 
@@ -93,7 +95,8 @@ def _run(grid: Grid, runtime: Runtime, settings: ServerSettings, ledger: Ledger)
     try:
         exchange = _exchange(runtime, settings, ledger)
         exchange.start(grid)
-        runtime.algorithm.server.export_shared(exchange.reference.shared, run_dir / STUDENT_DIR)
+        shared, server = exchange.reference.shared, runtime.algorithm.server
+        write_directory(run_dir / STUDENT_DIR, lambda directory: server.export_shared(shared, directory))
         status = "completed"
     except KeyboardInterrupt:
         status, reason = "stopped", "interrupted"

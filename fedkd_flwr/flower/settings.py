@@ -5,7 +5,9 @@ The run config stays small: `config` (path of the YAML, relative to the app), `c
 "latest"), `resume-force` (with another number of rounds), `state-dir`, `code-digest`.
 """
 
+import fcntl
 import hashlib
+import math
 import os
 import re
 import shlex
@@ -18,13 +20,18 @@ from uuid import uuid4
 
 import fedkd_flwr
 from fedkd_flwr.core.quoting import quoted
+from fedkd_flwr.disk import make_directory, write_whole
 from fedkd_flwr.experiment import NAME_PATTERN, ConfigError, Experiment, load, parse
+from fedkd_flwr.flower.retention import KEEP_HALF_A_YEAR, Retention
 
 UserConfig = Mapping[str, bool | float | int | str]
 
 APP_FILES = ("server_app.py", "client_app.py")
 NAME_FILE = "client-id"
-NODE_KEYS = ("partition-id", "num-partitions", "client-id", "name", "data-path", "state-dir", "device")
+NODE_KEYS = (
+    *("partition-id", "num-partitions", "client-id", "name", "data-path", "state-dir", "device"),
+    *("state-max-age-days", "state-max-bytes"),
+)
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -55,6 +62,7 @@ class ClientSettings:
         client_key: the client's lasting name.
         partition_id: which part of the task's data is its own, and which of several teachers.
         data_path: where its own data is; None where it has a part of the task's.
+        retention: how long, and how much, the node keeps of all trainings below `state_dir`.
     """
 
     experiment: Experiment
@@ -62,6 +70,7 @@ class ClientSettings:
     client_key: str
     partition_id: int
     data_path: Path | None = None
+    retention: Retention = KEEP_HALF_A_YEAR
 
 
 def server_settings(run_config: UserConfig, app_dir: Path) -> ServerSettings:
@@ -71,12 +80,11 @@ def server_settings(run_config: UserConfig, app_dir: Path) -> ServerSettings:
         ConfigError: if the experiment can't be run as written.
     """
     experiment = _experiment(run_config, app_dir)
-    root = _directory(run_config.get("output-dir")) or flower_home() / "fedkd" / "results"
+    root = _directory(run_config, "output-dir", "run config") or flower_home() / "fedkd" / "results"
     runs = root / experiment.name
     if resume := str(run_config.get("resume", "")):
         return ServerSettings(experiment, _run_to_resume(runs, resume), True, run_config.get("resume-force") is True)
-    name = str(run_config.get("run-name") or datetime.now().strftime("%Y%m%d-%H%M%S-%f"))
-    return ServerSettings(experiment, runs / name)
+    return ServerSettings(experiment, runs / _run_name(run_config))
 
 
 def client_settings(run_config: UserConfig, node_config: UserConfig, app_dir: Path) -> ClientSettings:
@@ -98,11 +106,10 @@ def client_settings(run_config: UserConfig, node_config: UserConfig, app_dir: Pa
             f"node config: partition-id must be in [0, {experiment.num_clients - 1}] for num_clients "
             f"{experiment.num_clients}, got {partition_id}"
         )
-    state_dir = _directory(node_config.get("state-dir")) or _directory(run_config.get("state-dir"))
+    state_dir = _directory(node_config, "state-dir", "node config") or _directory(run_config, "state-dir", "run config")
     state_dir = state_dir or default_state_dir()
-    return ClientSettings(
-        experiment, state_dir, _client_key(node_config, partition_id, state_dir), partition_id, data_path
-    )
+    client_key = _client_key(node_config, partition_id, state_dir)
+    return ClientSettings(experiment, state_dir, client_key, partition_id, data_path, _retention(node_config))
 
 
 def _check_node_keys(node_config: UserConfig) -> None:
@@ -111,6 +118,34 @@ def _check_node_keys(node_config: UserConfig) -> None:
         meant = key.lower().replace("_", "-")
         if key not in NODE_KEYS and meant in NODE_KEYS:
             raise ConfigError(f"node config: unknown key {quoted(key)}; write {meant}")
+
+
+def _run_name(run_config: UserConfig) -> str:
+    """The name of a new run: as configured, else the time; it becomes the name of a folder."""
+    name = str(run_config.get("run-name", "")) or datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ConfigError(
+            f"run config: run-name must match {NAME_PATTERN}, got {name!r}; leave it out to have the run named by time"
+        )
+    return name
+
+
+def _retention(node_config: UserConfig) -> Retention:
+    """How long, and how much, the node keeps; see `Retention` for what it does unless told otherwise."""
+    default = KEEP_HALF_A_YEAR
+    days = node_config.get("state-max-age-days", default.max_age_days)
+    if isinstance(days, bool | str) or not 0 <= days < math.inf:
+        raise ConfigError(
+            "node config: state-max-age-days must be a number of days from 0, where 0 keeps state for ever, "
+            f"got {days!r}"
+        )
+    num_bytes = node_config.get("state-max-bytes", default.max_bytes)
+    if isinstance(num_bytes, bool) or not isinstance(num_bytes, int) or num_bytes < 0:
+        raise ConfigError(
+            "node config: state-max-bytes must be a whole number of bytes from 0, where 0 is no quota, "
+            f"got {num_bytes!r}"
+        )
+    return Retention(float(days), num_bytes)
 
 
 def _device(node_config: UserConfig) -> tuple[str, ...]:
@@ -124,9 +159,9 @@ def _device(node_config: UserConfig) -> tuple[str, ...]:
 def _data_path(node_config: UserConfig) -> Path | None:
     # Its value stays out of the message, which the server gets to read.
     try:
-        path = _directory(node_config.get("data-path"))
+        path = _directory(node_config, "data-path", "node config")
         there = path is None or path.exists()
-    except (OSError, ValueError, RuntimeError):  # a parent that is closed to this user, a name that can't be one
+    except (OSError, ConfigError):  # a parent that is closed to this user, a name that can't be one
         there = False
     if not there:
         raise ConfigError("node config: data-path must be a folder or file of the node, there is none")
@@ -160,12 +195,12 @@ def lasting_name(state_dir: Path) -> str:
     """
     path = state_dir / NAME_FILE
     try:
-        if path.is_file() and re.fullmatch(NAME_PATTERN, name := path.read_text(encoding="utf-8")):
-            return name
-        state_dir.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(name := uuid4().hex, encoding="utf-8")
-        partial.replace(path)
+        make_directory(state_dir)
+        with (state_dir / f".{NAME_FILE}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # or two that draw at once would have a name each
+            if path.is_file() and re.fullmatch(NAME_PATTERN, name := path.read_text(encoding="utf-8")):
+                return name
+            write_whole(path, name := uuid4().hex)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"node config: state-dir can't keep a name ({type(error).__name__}); correct it, or set client-id"
@@ -227,11 +262,22 @@ def _check_code(expected: str, app_dir: Path) -> None:
         )
 
 
-def _directory(value: object) -> Path | None:
-    return Path(str(value)).expanduser().resolve() if value else None
+def _directory(config: UserConfig, key: str, where: str) -> Path | None:
+    """A directory that a configuration names, absolute; None where it names none."""
+    value = config.get(key)
+    try:
+        return Path(str(value)).expanduser().resolve() if value else None
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a name too long, no such user
+        # Where a node's are, the server need not know.
+        got = "none that this machine can have" if where == "node config" else f"{value!r}: {error}"
+        raise ConfigError(f"{where}: {key} must be the path of a directory, got {got}") from None
 
 
 def flower_home() -> Path:
     """Where Flower keeps what is its own, and we our results and state unless told otherwise."""
     # Resolved: Flower's commands are run in that folder.
-    return Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser().resolve()
+    home = os.environ.get("FLWR_HOME") or "~/.flwr"
+    try:
+        return Path(home).expanduser().resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a user without a home
+        raise ConfigError(f"FLWR_HOME: must be the path of a directory, got {home!r}: {error}") from None

@@ -1,6 +1,7 @@
 """What a client remembers, on its own disk.
 
     state_dir/<training_id>/
+        .lock                               held by every process that works for the training; see retention.py
         references/<lineage>.safetensors    shared arrays of one version, once for all clients on this machine
         <client_key>/
             state.safetensors               private arrays, codec states, last reply; names the lineage it stands at
@@ -20,16 +21,17 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from safetensors import SafetensorError
 
 from fedkd_flwr.core.arrays import Arrays
-from fedkd_flwr.core.modules import prefixed, without_prefix
+from fedkd_flwr.core.modules import without_prefix
+from fedkd_flwr.disk import make_directory, make_durable, write_directory
 from fedkd_flwr.experiment import NAME_PATTERN
 from fedkd_flwr.flower.archive import (
     Archive,
@@ -39,90 +41,28 @@ from fedkd_flwr.flower.archive import (
     reason_without_place,
     write_archive,
 )
+from fedkd_flwr.flower.client_state import UNKNOWN_VERSION, ClientState, archive_of, state_of
 from fedkd_flwr.flower.errors import StateError
 from fedkd_flwr.flower.reference import DECODER, SHARED, snapshot_arrays
+from fedkd_flwr.flower.retention import (
+    CLIENT_LOCK_FILE,
+    KEEP_HALF_A_YEAR,
+    REFERENCES_DIR,
+    Retention,
+    forget_old,
+    hold,
+    room,
+)
 
 STATE_FILE = "state.safetensors"
 DAMAGED_SUFFIX = ".damaged"
 PREVIOUS_FILE = "previous.safetensors"
-REFERENCES_DIR = "references"
 FORMAT = "fedkd client state 2"
 REFERENCE_FORMAT = "fedkd reference 1"
-UNKNOWN_VERSION = -1
+_BYTES_BESIDE = 16_384  # at most, of a file beside its arrays: header, names, facts
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
-_REPLY_PAYLOAD = "reply payload"
-_PRIVATE, _COMMITTED, _PENDING = "private/", "committed/", "pending/"
 
 _log = logging.getLogger("fedkd")
-
-
-@dataclass(frozen=True, slots=True)
-class LastReply:
-    """The reply that a client gave last, to be given again if asked for the same work.
-
-    Attributes:
-        server_round: of the reply.
-        lineage: of the version it trained from.
-        payload: encoded upload, or None.
-        numbers: the reply's other fields.
-    """
-
-    server_round: int
-    lineage: bytes
-    payload: bytes | None
-    numbers: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class ClientState:
-    """Everything a client needs to go on.
-
-    Attributes:
-        version: of the shared arrays; `UNKNOWN_VERSION` where they were lost and a snapshot is needed.
-        lineage: of that version.
-        shared: what server and client both hold.
-        private: what never leaves.
-        committed: uplink codec state after the last reply that is known to have counted.
-        pending: the one after the last reply given, which may yet count.
-        downlink: downlink codec state.
-        last_reply: None before the first.
-        committed_round: round of the reply that `committed` stands after; 0 for the state before any.
-        generation: counts commits.
-    """
-
-    version: int
-    lineage: bytes
-    shared: Arrays
-    private: Arrays
-    committed: Arrays
-    pending: Arrays
-    downlink: Arrays
-    last_reply: LastReply | None = None
-    committed_round: int = 0
-    generation: int = 0
-
-    @property
-    def replied_round(self) -> int:
-        """Round of the last reply given; 0 before the first."""
-        return self.last_reply.server_round if self.last_reply else 0
-
-    def settle(self, counted_round: int, initial: Arrays) -> "ClientState":
-        """The state once it is known which reply counted last: pending becomes committed, or is dropped.
-
-        Args:
-            counted_round: what the server says; 0 where its decoder stands at the beginning.
-            initial: uplink codec state at the beginning.
-
-        Raises:
-            StateError: if this client has no state after that reply; it lost its disk since.
-        """
-        if counted_round == 0:
-            return replace(self, committed=initial, pending=initial, committed_round=0)
-        if counted_round == self.replied_round:
-            return replace(self, committed=self.pending, committed_round=counted_round)
-        if counted_round == self.committed_round:
-            return replace(self, pending=self.committed)
-        raise StateError(f"has no codec state after its reply of round {counted_round}, which the server counted")
 
 
 class ClientStore:
@@ -132,12 +72,16 @@ class ClientStore:
         state_dir: root of all trainings on this machine.
         training_id: a name that is safe as a folder.
         client_key: likewise.
+        retention: how long, and how much, this machine keeps of all trainings there. This one is in use, and so safe
+            from it, for as long as the object lives.
 
     Raises:
         StateError: if a name is not safe, or the folder can't be made.
     """
 
-    def __init__(self, state_dir: Path, training_id: str, client_key: str) -> None:
+    def __init__(
+        self, state_dir: Path, training_id: str, client_key: str, retention: Retention = KEEP_HALF_A_YEAR
+    ) -> None:
         for what, name in (("training id", training_id), ("client key", client_key)):
             if not re.fullmatch(NAME_PATTERN, name) or name == REFERENCES_DIR:
                 raise StateError(
@@ -146,14 +90,20 @@ class ClientStore:
                 )
         self.directory = state_dir / training_id / client_key
         self._training_id = training_id
+        self._retention = retention
         self._references = state_dir / training_id / REFERENCES_DIR
         try:
+            weakref.finalize(self, os.close, hold(state_dir / training_id))
             for directory in (self.directory, self._references):
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_directory(directory, 0o700)
+            forget_old(state_dir, retention, keep=training_id)
         except OSError as error:
             # Where it is, is said here: the server reads what is raised.
             _log.error("%s can't be made: %s", self.directory, error.strerror)
-            raise StateError(f"state-dir: no directory can be made in it: {error.strerror}") from None
+            raise StateError(
+                f"state-dir: no directory can be made in it: {error.strerror}; "
+                "set state-dir in the node's configuration to a directory that can be written"
+            ) from None
 
     def load(self) -> ClientState | None:
         """The last committed state; None where there is none, or nothing of it can be read.
@@ -178,7 +128,7 @@ class ClientStore:
                 return self._salvage()
             if (found := archive.facts["training_id"]) != self._training_id:
                 raise StateError(f"{path.name!r} is of training {found}, not of {self._training_id}; delete it")
-            state = _state(archive)
+            state = state_of(archive)
             own = self._reference(state.lineage)
             try:
                 reference = read_archive(own, REFERENCE_FORMAT).arrays
@@ -196,7 +146,7 @@ class ClientStore:
             return None
         if archive.facts["training_id"] != self._training_id:
             return None
-        return ClientState(UNKNOWN_VERSION, bytes(32), {}, _state(archive).private, {}, {}, {})
+        return ClientState(UNKNOWN_VERSION, bytes(32), {}, state_of(archive).private, {}, {}, {})
 
     def _reason(self, error: Exception) -> str:
         """What the server may read of an error of this disk."""
@@ -230,15 +180,54 @@ class ClientStore:
             if on_disk != state.generation:
                 raise StateError(f"another process has changed the client state ({on_disk} != {state.generation})")
             following = replace(state, generation=state.generation + 1)
+            archive = archive_of(following, self._training_id)
             try:
-                self._keep_reference(state)
-                if path.exists():
-                    self._link(path, self.directory / PREVIOUS_FILE)
-                write_archive(path, FORMAT, _archive(following, self._training_id))
-                self._forget_references(state.lineage)
+                with self._room(self._size(archive.arrays) + self._size_of_reference(state)):
+                    self._keep_reference(state)
+                    if path.exists():
+                        self._link(path, self.directory / PREVIOUS_FILE)
+                    write_archive(path, FORMAT, archive)
+                    self._forget_references(state.lineage)
+                if on_disk == 0:
+                    self._make_folders_durable()
             except (OSError, ArchiveError) as error:
                 raise StateError(f"client state can't be written: {self._reason(error)}") from None
         return following
+
+    def export(self, name: str, arrays: Arrays, write: Callable[[Path], object]) -> None:
+        """Replace a directory beside the state by what `write` makes, in one step; by none where it makes none.
+
+        Args:
+            name: of the directory.
+            arrays: what is written holds about as many bytes.
+            write: called with the path of a directory that it makes and fills.
+
+        Raises:
+            StateError: if the disk or the node's quota refuses; the directory is as it was.
+        """
+        try:
+            with self._room(self._size(arrays)):
+                write_directory(self.directory / name, write)
+        except (OSError, SafetensorError) as error:
+            reason = reason_without_place(error, self.directory / name)
+            raise StateError(f"{name} can't be written: {reason}") from None
+
+    def _room(self, num_bytes: int) -> AbstractContextManager[None]:
+        return room(self.directory.parent.parent, self._retention, self._training_id, num_bytes)
+
+    def _size(self, arrays: Arrays) -> int:
+        return sum(value.nbytes for value in arrays.values()) + _BYTES_BESIDE
+
+    def _size_of_reference(self, state: ClientState) -> int:
+        if self._reference(state.lineage).exists() or self._pooled(state.lineage).exists():
+            return 0
+        return self._size(snapshot_arrays(state.shared, state.downlink))
+
+    def _make_folders_durable(self) -> None:
+        """Wait for the folders of a first commit, which another process may have made a moment ago."""
+        training = self.directory.parent
+        for folder in (self._references, training, training.parent, training.parent.parent):
+            make_durable(folder)
 
     def _generation(self) -> int:
         try:
@@ -297,7 +286,7 @@ class ClientStore:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         try:
-            descriptor = os.open(self.directory / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+            descriptor = os.open(self.directory / CLIENT_LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:
             raise StateError(f"client state can't be locked: {error.strerror}") from None
         try:
@@ -305,42 +294,3 @@ class ClientStore:
             yield
         finally:
             os.close(descriptor)
-
-
-def _state(archive: Archive) -> ClientState:
-    facts, arrays = archive.facts, archive.arrays
-    last = facts["last_reply"]
-    reply = None
-    if last is not None:
-        payload = arrays[_REPLY_PAYLOAD].tobytes() if _REPLY_PAYLOAD in arrays else None
-        reply = LastReply(last["server_round"], bytes.fromhex(last["lineage"]), payload, last["numbers"])
-    return ClientState(
-        version=facts["version"],
-        lineage=bytes.fromhex(facts["lineage"]),
-        shared={},
-        private=without_prefix(_PRIVATE, arrays),
-        committed=without_prefix(_COMMITTED, arrays),
-        pending=without_prefix(_PENDING, arrays),
-        downlink={},
-        last_reply=reply,
-        committed_round=facts["committed_round"],
-        generation=facts["generation"],
-    )
-
-
-def _archive(state: ClientState, training_id: str) -> Archive:
-    arrays = prefixed(_PRIVATE, state.private) | prefixed(_COMMITTED, state.committed)
-    arrays |= prefixed(_PENDING, state.pending)
-    last = state.last_reply
-    if last is not None and last.payload is not None:
-        arrays[_REPLY_PAYLOAD] = np.frombuffer(last.payload, np.uint8)
-    reply = last and {"server_round": last.server_round, "lineage": last.lineage.hex(), "numbers": dict(last.numbers)}
-    facts = {
-        "training_id": training_id,
-        "version": state.version,
-        "lineage": state.lineage.hex(),
-        "last_reply": reply,
-        "committed_round": state.committed_round,
-        "generation": state.generation,
-    }
-    return Archive(facts, arrays)

@@ -1,12 +1,12 @@
 """What a ledger adds up to: the stable `summary.json`."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedkd_flwr.core.arrays import FLOAT_BYTES
+from fedkd_flwr.disk import write_whole
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
 from fedkd_flwr.measure.link import Transfer, network_of, transfer_of
 from fedkd_flwr.measure.metrics import SCOPES
@@ -126,9 +126,7 @@ def _bytes(start: Row, wire: Mapping[str, int], num_trainings: int) -> dict[str,
 def write_summary(directory: Path) -> dict[str, Any]:
     """Write summary.json beside the ledger, whole or not at all, and return it."""
     summary = summarise(read_rows(directory / LEDGER_FILE))
-    partial = directory / f".{SUMMARY_FILE}.partial"
-    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, directory / SUMMARY_FILE)
+    write_whole(directory / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from fedkd_flwr.disk import replacing
+
 INCHES = (13.0, 4.6)
 DOTS_PER_INCH = 150
 MARKERS = "osD^vPX*"
@@ -72,7 +74,8 @@ def draw_curves(curves: Sequence[Curve], metric: str, link: str, path: Path) -> 
         _tidy(axes)
     # Below all panels: a dozen names in one of them would hide its lines.
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=min(4, len(curves)))
-    figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=DOTS_PER_INCH, metadata={"Software": None})
 
 
 def _scale_by_factors(axes: Axes, values: Sequence[float]) -> None:

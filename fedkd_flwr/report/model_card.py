@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from fedkd_flwr.disk import write_whole
 from fedkd_flwr.experiment import CONFIG_FILE
 from fedkd_flwr.measure.summary import read_summary
 from fedkd_flwr.report.privacy import privacy_rows
@@ -47,7 +48,7 @@ def write_model_card(run_dir: Path) -> Path | None:
         loads = None  # a small model of this project's own
     card = "---\n" + yaml.safe_dump(_front_matter(config, summary, loads), sort_keys=False) + "---\n\n"
     path = directory / CARD_FILE
-    path.write_text(card + _text(config, summary, loads, read_run(run_dir).last_round), encoding="utf-8")
+    write_whole(path, card + _text(config, summary, loads, read_run(run_dir).last_round))
     return path
 
 

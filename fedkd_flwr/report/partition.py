@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from fedkd_flwr.core.protocols import DataReport
+from fedkd_flwr.disk import replacing
 
 DOTS_PER_INCH = 150
 WIDTH, TALLEST = 10.0, 12.0  # inches
@@ -56,7 +57,8 @@ def draw_partition(report: DataReport, path: Path) -> None:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # boxes instead, in scripts the font lacks
-        figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+        with replacing(path) as partial:
+            figure.savefig(partial, dpi=DOTS_PER_INCH, metadata={"Software": None})
 
 
 def _draw_bars(axes: Axes, counts: Counts, names: list[str]) -> None:

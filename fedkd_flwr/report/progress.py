@@ -6,6 +6,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from fedkd_flwr.console import print_line
 from fedkd_flwr.measure.ledger import Row
 
 
@@ -70,7 +71,7 @@ class RoundLog:
         """Take one row of the ledger."""
         if row["kind"] == "start":
             for line in row.get("notes", ()):
-                print(f"note: {line}", flush=True)
+                print_line(f"note: {line}")
         if note := self._note.of(row):
             when = f"round {row['round']}" if row["kind"] == "round" else "after the last round"
-            print(f"{when}: {note}", flush=True)
+            print_line(f"{when}: {note}")

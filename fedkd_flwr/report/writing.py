@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from fedkd_flwr.disk import make_directory, write_whole
 from fedkd_flwr.measure.ledger import LEDGER_FILE
 from fedkd_flwr.measure.link import NetworkOptions
 from fedkd_flwr.report.comparison_page import comparison_page
@@ -52,21 +53,18 @@ def write_report(
     several = len(runs) > 1
     beside = comparison_dir(directories[0].resolve().parent.parent) if several else directories[0]
     target = output or beside
-    target.mkdir(parents=True, exist_ok=True)
+    make_directory(target)
     figure, table = target / CURVES_FILE, target / TABLE_FILE
     asked, link = link, link or common_link(runs)
     draw_curves([run.curve(link) for run in runs], runs[0].metric, link.describe(), figure)
     rows, lines = table_rows(runs, link), verdict(runs)
     text = markdown_table(rows, link.describe(), rounds_in_words(runs)) + "".join(f"\n* {line}" for line in lines)
-    table.write_text(text.rstrip() + "\n", encoding="utf-8")
+    write_whole(table, text.rstrip() + "\n")
     if several:
-        page = comparison_page(runs, rows, lines, link.describe(), figure.read_bytes())
-        (target / PAGE_FILE).write_text(page, encoding="utf-8")
+        write_whole(target / PAGE_FILE, comparison_page(runs, rows, lines, link.describe(), figure.read_bytes()))
     if output is None or not several:  # of several runs elsewhere, each has its page already
         for run in runs:
-            (run.directory if several else target).joinpath(PAGE_FILE).write_text(
-                html_page(run, asked), encoding="utf-8"
-            )
+            write_whole((run.directory if several else target) / PAGE_FILE, html_page(run, asked))
     return figure, table
 
 

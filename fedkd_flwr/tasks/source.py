@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from fedkd_flwr.disk import refuse_unwritable
 from fedkd_flwr.tasks.split_names import ALLOWED, found_in
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         try:
             return readers.load(path, self.config, revision=self.revision, split=split, data_files=files, names=names)
         except Exception as error:  # the library's own, and those of the network, the disk and every file format
+            refuse_unwritable(error)
             raise ValueError(f"task.data.source: {self._failure(error, local=local)}") from error
 
     def _failure(self, error: Exception, *, local: bool) -> str:

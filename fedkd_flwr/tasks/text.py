@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedkd_flwr.core.losses import NO_LABEL
 from fedkd_flwr.core.protocols import Batch, Models, Outputs
+from fedkd_flwr.disk import refuse_unwritable
 from fedkd_flwr.tasks.base import TableTask
 from fedkd_flwr.tasks.partition import Rows
 from fedkd_flwr.tasks.source import absolute_if_local, reason_of
@@ -99,6 +100,7 @@ def _load_tokenizer(source: str, revision: str | None, key: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, use_fast=True, trust_remote_code=False)
     except Exception as error:  # the library's own, and those of the network and the disk
+        refuse_unwritable(error)
         raise ValueError(
             f"{key}: no tokenizer can be loaded from {source!r} ({reason_of(error)}); "
             "check the id or folder, and the connection, or name another in task.tokenizer"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedkd_flwr.core.modules import on_device_of
 from fedkd_flwr.core.protocols import Batch, Models, Outputs
 from fedkd_flwr.core.seeds import derive_seed
+from fedkd_flwr.disk import refuse_unwritable
 from fedkd_flwr.tasks.base import ClientsTeacher, ModelsOptions, copy_shared_tensors, save_pretrained
 from fedkd_flwr.tasks.checkpoint_config import checkpoint_width
 from fedkd_flwr.tasks.classification_head import checkpoint_head, fit_head
@@ -368,6 +369,7 @@ def save_transformer(model: nn.Module, directory: Path, tokenizer: Any = None) -
 
 
 def _failure(options: TransformerOptions, key: str, error: Exception) -> str:
+    refuse_unwritable(error)
     reason = reason_of(error)
     if options.source is None:
         return f"{key}.config: no model can be built ({reason}); see the library's documentation of its model_type"

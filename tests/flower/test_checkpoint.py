@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedkd_flwr.flower.archive import Archive, write_archive
-from fedkd_flwr.flower.checkpoint import CHECKPOINTS_DIR, Checkpoint, Checkpoints
+from fedkd_flwr.flower.checkpoint import CHECKPOINTS_DIR, Checkpoint, Checkpoints, Choice
 from fedkd_flwr.flower.errors import RunError
 from tests.flower.test_archive import full_disk
 from tests.flower.test_archive import same as same_archive
@@ -124,6 +124,38 @@ def test_what_a_killed_process_left_is_no_checkpoint(checkpoints: Checkpoints) -
     checkpoints.save(checkpoint(1))
     (checkpoints.directory / "round-0000002.safetensors.77.partial").write_bytes(b"half")
     assert same(checkpoints.latest(), checkpoint(1))
+
+
+def test_whom_a_round_asks_is_on_the_disk_with_its_name_before_anyone_is_asked(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, bool]] = []
+    fsync, target = os.fsync, checkpoints.directory / "chosen.json"
+
+    def recorded(descriptor: int) -> None:
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), target.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", recorded)
+    checkpoints.save_choice(Choice(1, ("a",), ()))
+    assert synced[-1] == (str(checkpoints.directory), True)  # after the rename
+    assert (str(checkpoints.directory.parent), False) in synced  # the folder itself, which is new
+    assert any("chosen" in name and not there for name, there in synced)
+
+
+@pytest.mark.parametrize("stage", ["os.fsync", "os.replace"])
+def test_a_choice_that_can_not_be_written_leaves_the_one_before(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    checkpoints.save_choice(Choice(1, ("a",), ()))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stage, full)
+    with pytest.raises(RunError, match=r"the choice of round 2 can't be written: .*No space left"):
+        checkpoints.save_choice(Choice(2, ("b",), ()))
+    assert checkpoints.choice() == Choice(1, ("a",), ())
 
 
 def test_a_full_disk_is_an_error_and_older_ones_are_intact(checkpoints: Checkpoints) -> None:

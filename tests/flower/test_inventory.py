@@ -1,11 +1,14 @@
 """What clients keep, listed and deleted."""
 
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
-from fedkd_flwr.flower.inventory import Kept, delete_state, kept_states
-from fedkd_flwr.flower.store import REFERENCES_DIR, STATE_FILE, ClientStore
+import pytest
+
+from fedkd_flwr.flower.inventory import Kept, delete_state, describe_age, kept_states
+from fedkd_flwr.flower.retention import REFERENCES_DIR
+from fedkd_flwr.flower.store import STATE_FILE, ClientStore
 from tests.flower.test_store import STATE, at, flip
 
 
@@ -51,22 +54,46 @@ def test_a_client_that_has_not_replied_is_at_round_0(tmp_path: Path) -> None:
 
 
 def test_a_state_that_cannot_be_read_is_listed_and_can_be_deleted(tmp_path: Path) -> None:
-    (store,) = keep(tmp_path, "t", "a")
-    (store.directory / STATE_FILE).write_bytes(b"damaged")
+    keep(tmp_path, "t", "a")
+    (tmp_path / "t" / "a" / STATE_FILE).write_bytes(b"damaged")
     assert listed(tmp_path) == [("t", "a", None, 0)]
     delete_state(only(tmp_path, "a"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_deleting_one_client_leaves_the_others_and_what_they_share(tmp_path: Path) -> None:
-    first, second = keep(tmp_path, "t", "a", "b")
-    (first.directory / "private_model").mkdir()
+    keep(tmp_path, "t", "a", "b")
+    (tmp_path / "t" / "a" / "private_model").mkdir()
     delete_state(only(tmp_path, "a"))
-    assert not first.directory.exists()
-    loaded = second.load()
+    assert not (tmp_path / "t" / "a").exists()
+    loaded = ClientStore(tmp_path, "t", "b").load()
     assert loaded is not None
     assert loaded.version == 4
     assert len(list((tmp_path / "t" / REFERENCES_DIR).iterdir())) == 1
+
+
+def test_a_training_that_a_process_works_for_is_not_deleted(tmp_path: Path) -> None:
+    (store,) = keep(tmp_path, "t", "a")
+    with pytest.raises(OSError, match="works for this training now"):
+        delete_state(only(tmp_path, "a"))
+    assert store.load() is not None
+    del store
+    delete_state(only(tmp_path, "a"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("age", "says"),
+    [
+        (timedelta(seconds=3), "now"),
+        (timedelta(minutes=5), "5 min"),
+        (timedelta(hours=30), "1 d"),
+        (timedelta(hours=3), "3 h"),
+        (timedelta(days=200), "200 d"),
+    ],
+)
+def test_an_age_is_told_in_its_largest_unit(age: timedelta, says: str) -> None:
+    assert describe_age(age) == says
 
 
 def test_a_version_that_only_the_deleted_client_held_goes_with_it(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Run config and node config."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from fedkd_flwr.experiment import ConfigError
-from fedkd_flwr.flower.settings import client_settings, code_digest, server_settings
+from fedkd_flwr.flower.retention import Retention
+from fedkd_flwr.flower.settings import client_settings, code_digest, lasting_name, server_settings
 from tests.conftest import ROOT, SMALL
 
 
@@ -89,6 +91,63 @@ def test_a_node_says_on_which_device_it_trains(tmp_path: Path) -> None:
     assert chosen.algorithm.model_dump()["local"]["device"] == "cpu"
     left = client_settings({"config-text": SMALL}, {"partition-id": 0, "device": "auto"}, ROOT).experiment
     assert left == client_settings({"config-text": SMALL}, {"partition-id": 0}, ROOT).experiment
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc", "/etc/x", "..", ".", ".hidden", "a/b", "a b", "a\n", "x" * 65, "-rf", "caf\xe9"]
+)
+def test_a_run_name_that_would_lead_elsewhere_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    config = {"config-text": SMALL, "output-dir": str(tmp_path), "run-name": name}
+    with pytest.raises(ConfigError, match="run config: run-name must match") as caught:
+        server_settings(config, ROOT)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_name_is_the_folder_and_an_empty_one_is_the_time(tmp_path: Path) -> None:
+    config = {"config-text": SMALL, "output-dir": str(tmp_path)}
+    assert server_settings(config | {"run-name": "seed-1.v2"}, ROOT).run_dir == tmp_path / "small" / "seed-1.v2"
+    assert server_settings(config | {"run-name": ""}, ROOT).run_dir.name.startswith("20")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"state-max-age-days": -1}, "state-max-age-days must be a number of days from 0, .* got -1"),
+        ({"state-max-age-days": float("nan")}, "state-max-age-days must be a number of days from 0, .* got nan"),
+        ({"state-max-age-days": "30"}, "state-max-age-days must be a number of days from 0, .* got '30'"),
+        ({"state-max-age-days": True}, "state-max-age-days must be a number of days from 0, .* got True"),
+        ({"state-max-bytes": -1}, "state-max-bytes must be a whole number of bytes from 0, .* got -1"),
+        ({"state-max-bytes": 1.5}, "state-max-bytes must be a whole number of bytes from 0, .* got 1.5"),
+        ({"state-max-bytes": "1GB"}, "state-max-bytes must be a whole number of bytes from 0, .* got '1GB'"),
+        ({"state_max_bytes": 1}, "unknown key 'state_max_bytes'; write state-max-bytes"),
+        ({"state-dir": "/srv/\0secret"}, "state-dir must be the path of a directory, got none that this machine"),
+        ({"state-dir": "~nobody-here/x"}, "state-dir must be the path of a directory, got none that this machine"),
+    ],
+)
+def test_what_a_node_keeps_is_refused_unless_it_is_a_number(
+    change: dict[str, bool | float | int | str], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"node config: {says}") as caught:
+        client_settings({"config-text": SMALL}, {"partition-id": 0, **change}, ROOT)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_node_keeps_state_for_half_a_year_and_without_a_quota_unless_told_otherwise() -> None:
+    assert client_settings({"config-text": SMALL}, {"partition-id": 0}, ROOT).retention == Retention(180.0, 0)
+    told = {"partition-id": 0, "state-max-age-days": 7, "state-max-bytes": 20_000_000_000}
+    assert client_settings({"config-text": SMALL}, told, ROOT).retention == Retention(7.0, 20_000_000_000)
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/x", "/srv/\0x"])
+def test_an_output_directory_that_no_machine_can_have_is_one_line(name: str) -> None:
+    with pytest.raises(ConfigError, match="run config: output-dir must be the path of a directory, got '"):
+        server_settings({"config-text": SMALL, "output-dir": name}, ROOT)
+
+
+def test_two_nodes_that_draw_a_name_at_once_have_the_same(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(lambda _: lasting_name(tmp_path / "state"), range(32)))
+    assert len(set(names)) == 1
 
 
 def test_other_code_than_was_started_is_refused() -> None:

@@ -13,16 +13,14 @@ import numpy as np
 import pytest
 
 from fedkd_flwr.flower.archive import read_archive
+from fedkd_flwr.flower.client_state import UNKNOWN_VERSION, ClientState, LastReply
 from fedkd_flwr.flower.errors import StateError
+from fedkd_flwr.flower.retention import REFERENCES_DIR
 from fedkd_flwr.flower.store import (
     FORMAT,
     REFERENCE_FORMAT,
-    REFERENCES_DIR,
     STATE_FILE,
-    UNKNOWN_VERSION,
-    ClientState,
     ClientStore,
-    LastReply,
 )
 from tests.flower.test_archive import full_disk
 

@@ -1,6 +1,7 @@
 """Tables and figures."""
 
 import io
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from rich.console import Console
 from fedkd_flwr.core.protocols import DataReport
 from fedkd_flwr.measure.ledger import Row
 from fedkd_flwr.measure.link import USUAL, NetworkOptions, transfer_of
-from fedkd_flwr.measure.summary import summarise
-from fedkd_flwr.report import common_link, read_run, reported, write_report
+from fedkd_flwr.measure.summary import summarise, write_summary
+from fedkd_flwr.report import common_link, read_run, reported, write_model_card, write_report
 from fedkd_flwr.report.figures import Curve, draw_curves
 from fedkd_flwr.report.progress import RoundLog, RoundNote
 from fedkd_flwr.report.runs import RunResult, rounds_in_words
@@ -29,6 +30,34 @@ def test_a_curve_counts_every_byte_moved_until_its_round(run: Run) -> None:
     assert curve.megabytes == sorted(curve.megabytes)
     assert curve.megabytes[-1] == pytest.approx(until_final / 1e6 / 3)
     assert curve.scores[-1] == result.score("shared_global")
+
+
+def test_a_report_that_is_killed_leaves_each_file_as_it_was_or_as_it_was_to_be(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = run("num_rounds=1")
+    write_report([run_dir])
+    write_model_card(run_dir)
+    names = ("curves.png", "table.md", "report.html", "summary.json", "student/README.md")
+    whole = {name: (run_dir / name).read_bytes() for name in names}
+    replace, left = os.replace, [0]
+
+    def killed_at(source: Path, target: Path) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", killed_at)
+    for name in names:
+        (run_dir / name).write_bytes(whole[name] if name == "summary.json" else b"old")
+    for number, write in ((2, write_report), (1, write_summary), (1, write_model_card)):
+        left[0] = number
+        with pytest.raises(KeyboardInterrupt):
+            write([run_dir] if write is write_report else run_dir)  # type: ignore[operator]
+    found = {name: (run_dir / name).read_bytes() for name in names}
+    assert found == dict.fromkeys(names, b"old") | {name: whole[name] for name in ("curves.png", "summary.json")}
+    assert not [path.name for path in run_dir.rglob("*") if "partial" in path.name]
 
 
 @pytest.mark.parametrize(

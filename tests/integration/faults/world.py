@@ -22,12 +22,13 @@ from fedkd_flwr.flower import reference as reference_module
 from fedkd_flwr.flower import runtime
 from fedkd_flwr.flower.carriage import carried
 from fedkd_flwr.flower.checkpoint import Checkpoint, Checkpoints
+from fedkd_flwr.flower.client_state import ClientState
 from fedkd_flwr.flower.errors import StateError
 from fedkd_flwr.flower.local_grid import LocalGrid, task_identity
 from fedkd_flwr.flower.records import Instruction
 from fedkd_flwr.flower.server import serve
 from fedkd_flwr.flower.settings import ServerSettings
-from fedkd_flwr.flower.store import ClientState, ClientStore
+from fedkd_flwr.flower.store import ClientStore
 from fedkd_flwr.flower.traffic import traffic_of
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Row, read_rows
 from tests.integration.faults.points import FeedbackCodec, Points, parameters
