@@ -296,9 +296,10 @@ def test_local_only_moves_no_payload_and_has_no_shared_model(run: Run) -> None:
 
 def test_num_examples_weighting_changes_the_aggregate_of_unequal_clients(run: Run) -> None:
     skewed = ("task.partition.name=dirichlet", "algorithm.name=fedavg", "num_rounds=1")
-    uniform = outcome(run(*skewed))
+    uniform = outcome(run(*skewed, "server.aggregator.weighting=uniform"))
     weighted = outcome(run(*skewed, "server.aggregator.weighting=num_examples"))
     assert uniform["student"] != weighted["student"]
+    assert outcome(run(*skewed))["student"] == weighted["student"]
 
 
 def test_every_client_exports_what_it_predicts_with_at_the_end(run: Run) -> None:
