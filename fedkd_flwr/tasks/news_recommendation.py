@@ -99,7 +99,7 @@ class NewsRecommendation(TableTask):
         )
         super().__init__(options, rows, of_test.usable, ENCODED_BYTES)
         self._report = rows.report(alike, (*news.notes, *of_train.notes, *of_test.notes))
-        self._texts = MadeUpTexts(self._tokenizer, inputs_of(self._tokenizer))
+        self._made_up = MadeUpTexts(self._tokenizer, inputs_of(self._tokenizer))
         settings = {"pad_token_id": self._tokenizer.pad_token_id}
         self._encoders = Transformers(options, "AutoModel", (), settings)
 
@@ -120,7 +120,7 @@ class NewsRecommendation(TableTask):
         for name, encoder in named.items():
             require_text_encoder(f"task.{name}", encoder)
             require_vocabulary(name, encoder, self._tokenizer)
-            require_readable(f"task.{name}", encoder, states_of, self._texts, options.max_length)
+            require_readable(f"task.{name}", encoder, states_of, self._made_up, options.max_length)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "heads"))
             teacher, student, *others = (
@@ -137,7 +137,7 @@ class NewsRecommendation(TableTask):
             "labels": place[0],
             "history": place,
             "history_mask": torch.ones_like(place),
-            **self._texts.batch(min(EXAMPLE_LENGTH, self._options.max_length)),
+            **self._made_up.batch(min(EXAMPLE_LENGTH, self._options.max_length)),
         }
 
     def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:

@@ -300,9 +300,9 @@ class TextTask(TableTask):
         self._tokenizer = options.load_tokenizer()
         pad = int(self._tokenizer.pad_token_id)
         self._padding = {"input_ids": pad}
-        self._texts = MadeUpTexts(self._tokenizer, inputs_of(self._tokenizer))
+        self._made_up = MadeUpTexts(self._tokenizer, inputs_of(self._tokenizer))
         self._tables = {name: self._encoded(table) for name, table in tables.items()}
-        settings = {"pad_token_id": pad, "eos_token_id": self._texts.end}
+        settings = {"pad_token_id": pad, "eos_token_id": self._made_up.end}
         self._models = Transformers(options, head, self._label_names, settings, weights)
 
     def build_models(self, seed: int) -> Models:
@@ -311,12 +311,12 @@ class TextTask(TableTask):
         others = {f"other_teachers.{n}.model": model for n, model in enumerate(models.other_teachers)}
         for name, model in {"teacher": models.teacher, "student": models.student, **others}.items():
             require_vocabulary(name, model, self._tokenizer)
-            require_readable(f"task.{name}", model, self._read, self._texts, self._options.max_length)
+            require_readable(f"task.{name}", model, self._read, self._made_up, self._options.max_length)
         return models
 
     def example_batch(self) -> Batch:
         """A text of few word pieces."""
-        batch = self._texts.batch(min(EXAMPLE_LENGTH, self._options.max_length))
+        batch = self._made_up.batch(min(EXAMPLE_LENGTH, self._options.max_length))
         return {**batch, "labels": self._labels_of(batch)}
 
     def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
