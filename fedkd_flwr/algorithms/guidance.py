@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd_flwr.core.losses import layer_map
-from fedkd_flwr.core.protocols import Task
+from fedkd_flwr.core.protocols import Outputs, Task
 
 # Whether a term takes part. One Literal rather than `bool | Literal["auto"]`: its message names all that is allowed.
 Wanted = Literal[True, False, "auto"]
@@ -69,13 +69,15 @@ def find_guidance(
     wanted = {"hidden_states": hidden is not False, "attentions": attention is not False}
     if not any(wanted.values()):
         return Guidance()
-    with torch.no_grad():
-        of_teacher = task.forward(teacher.eval(), task.example_batch(), **wanted)
-        of_student = task.forward(student.eval(), task.example_batch(), **wanted)
+    outs = [_example(task, model, **wanted) for model in (teacher, student)]
     # The embedding output comes before the layers, and no layer of the student answers for it.
-    states = [_layers(out.hidden_states)[1:] for out in (of_teacher, of_student)]
-    maps = [_layers(out.attentions) for out in (of_teacher, of_student)]
-    terms = [_Term("hidden", "hidden states", hidden, *states), _Term("attention", "attention maps", attention, *maps)]
+    states = [_layers(out.hidden_states)[1:] for out in outs]
+    maps = [_layers(out.attentions) for out in outs]
+    tokens = outs[0].token_mask
+    terms = [
+        _Term("hidden", "hidden states", hidden, tokens, *states),
+        _Term("attention", "attention maps", attention, tokens, *maps),
+    ]
     terms = [term for term in terms if term.wanted is not False and term.takes_part(term.obstacle(), of_which)]
     if not terms:
         return Guidance()
@@ -91,13 +93,32 @@ def find_guidance(
     return Guidance("hidden" in names, "attention" in names, pairs, tuple(widths))
 
 
+def _example(task: Task, model: nn.Module, *, hidden_states: bool, attentions: bool) -> Outputs:
+    """What a model returns of an example; without what it fails to return, which is then none."""
+    with torch.no_grad():
+        try:
+            return task.forward(model.eval(), task.example_batch(), hidden_states=hidden_states, attentions=attentions)
+        except Exception as error:  # of a library's code, which may not have meant to be asked
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            asked = "attention maps" if attentions else "hidden states"
+            _log.warning("a %s fails when it is asked for %s (%s)", type(model).__name__, asked, reason)
+    if attentions:
+        return _example(task, model, hidden_states=hidden_states, attentions=False)
+    with torch.no_grad():
+        return task.forward(model.eval(), task.example_batch(), hidden_states=False, attentions=False)
+
+
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """One term of equation 5 before it is decided whether it takes part; what each model returned, layer by layer."""
+    """One term of equation 5 before it is decided whether it takes part; what each model returned, layer by layer.
+
+    `mask` is that of the tokens which both read, and which the loss is averaged over; None where there is none.
+    """
 
     key: Literal["hidden", "attention"]
     noun: str
     wanted: Wanted
+    mask: Tensor | None
     teacher: Layers
     student: Layers
 
@@ -106,6 +127,9 @@ class _Term:
         if not self.teacher or not self.student:
             who = "the student returns" if self.teacher else "the teacher returns"
             return f"{'these models return' if not (self.teacher or self.student) else who} no {self.noun}"
+        for who, layers in (("teacher", self.teacher), ("student", self.student)):
+            if (wrong := next((layer for layer in layers if not self._fits(layer)), None)) is not None:
+                return f"{self.noun} of the {who} are no {self._expected()}, their shape is {list(wrong.shape)}"
         if {self._tokens(layer) for layer in self.teacher}.isdisjoint(self._tokens(layer) for layer in self.student):
             return self._difference(self.teacher[-1], self.student[-1])
         return None
@@ -131,6 +155,20 @@ class _Term:
         """The axes that must agree: all but the width of states, all but the heads of maps."""
         shape = tuple(layer.shape)
         return shape[:-1] if self.key == "hidden" else shape[:1] + shape[2:]
+
+    def _fits(self, layer: Tensor) -> bool:
+        """Whether there is a value for each token, or for each pair of them, as far as it is known what tokens are."""
+        shape = tuple(layer.shape)
+        if len(shape) != (3 if self.key == "hidden" else 4):
+            return False
+        if self.mask is None:
+            return True
+        size, tokens = self.mask.shape
+        return shape[:2] == (size, tokens) if self.key == "hidden" else (shape[0], *shape[2:]) == (size, tokens, tokens)
+
+    def _expected(self) -> str:
+        of_tokens = "" if self.mask is None else f" of {self.mask.shape[1]} tokens"
+        return f"{'[batch, tokens, width]' if self.key == 'hidden' else '[batch, heads, tokens, tokens]'}{of_tokens}"
 
     def _difference(self, teacher: Tensor, student: Tensor) -> str:
         shapes = f"{list(teacher.shape)} and {list(student.shape)}"

@@ -85,6 +85,18 @@ def write_arrays(module: nn.Module, arrays: Arrays, prefix: str = "", *, frozen:
             tensor.copy_(torch.tensor(value).reshape(tensor.shape))
 
 
+def not_finite(module: nn.Module) -> str | None:
+    """Name of the first parameter with a number that is not finite, or persistent buffer with NaN; None: there is none.
+
+    A buffer may hold infinity for good, as a mask does.
+    """
+    parameters = dict(module.named_parameters())
+    for name, tensor in module.state_dict().items():
+        if not (tensor.isfinite() if name in parameters else ~tensor.isnan()).all():
+            return name
+    return None
+
+
 def move_towards(module: nn.Module, other: nn.Module, share: float) -> None:
     """Move trainable parameters of `module` by `share` of the way to those of `other`, of the same name and shape.
 

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
@@ -11,6 +12,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
+from fedkd_flwr.core.modules import not_finite
 from fedkd_flwr.core.protocols import (
     Batch,
     ClientData,
@@ -282,3 +284,27 @@ def save_pretrained(model: nn.Module, directory: Path) -> None:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model.save_pretrained(directory)  # type: ignore[operator]
+
+
+def require_finite(module: nn.Module, directory: Path) -> None:
+    """Check numbers that were read from a directory.
+
+    Raises:
+        ValueError: naming the first tensor that holds others than finite ones.
+    """
+    if (name := not_finite(module)) is not None:
+        raise ValueError(f"{str(directory)!r} holds numbers that are not finite in {name!r}; take another checkpoint")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the library's progress bars, and without its report of the head that a checkpoint does not have."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

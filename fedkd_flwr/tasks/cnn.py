@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedkd_flwr.tasks.base import require_finite
+
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 ImageShape = tuple[int, int, int]  # channels, height, width
@@ -80,9 +82,14 @@ def save_cnn(model: Cnn, directory: Path, details: Mapping[str, object]) -> None
 
 
 def load_cnn(directory: Path) -> Cnn:
-    """The model that `save_cnn` wrote."""
+    """The model that `save_cnn` wrote.
+
+    Raises:
+        ValueError: if it holds numbers that are not finite.
+    """
     config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))["model"]
     shape, num_classes = config.pop("image_shape"), config.pop("num_classes")
     model = CnnOptions.model_validate(config).build(tuple(shape), num_classes)
     model.load_state_dict(load_file(directory / WEIGHTS_FILE))
+    require_finite(model, directory)
     return model

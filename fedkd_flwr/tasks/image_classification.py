@@ -29,13 +29,14 @@ from fedkd_flwr.tasks.image_models import (
 )
 from fedkd_flwr.tasks.images import DECODED_BYTES, ImageExamples, Images, ImageTaskOptions, image_column, most_pixels
 from fedkd_flwr.tasks.labels import read_labels
+from fedkd_flwr.tasks.layers import LayersOptions
 from fedkd_flwr.tasks.partition import IidPartition, OwnPartition, Rows, TablePartition, WholePartition
 from fedkd_flwr.tasks.public import PublicImageOptions, PublicRows, held_out, public_notes
 from fedkd_flwr.tasks.scores import CLASSIFICATION_METRICS, classification_scores, predict
 from fedkd_flwr.tasks.source import DataSource
 from fedkd_flwr.tasks.stored_names import stored_names
 from fedkd_flwr.tasks.table import ClassWeights, ClientRows, class_weights, left_out, load_tables
-from fedkd_flwr.tasks.transformer import LayersOptions, TransformerOptions
+from fedkd_flwr.tasks.transformer import TransformerOptions
 
 
 class ImageColumns(BaseModel, extra="forbid", frozen=True):

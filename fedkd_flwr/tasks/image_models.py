@@ -15,8 +15,9 @@ from fedkd_flwr.core.protocols import Batch, Models, Outputs
 from fedkd_flwr.tasks.base import ClientsTeacher
 from fedkd_flwr.tasks.cnn import Cnn, CnnOptions, ImageShape, save_cnn
 from fedkd_flwr.tasks.images import ImageTaskOptions
+from fedkd_flwr.tasks.layers import LayersOptions
 from fedkd_flwr.tasks.source import reason_of
-from fedkd_flwr.tasks.transformer import LayersOptions, TransformerOptions, Transformers, save_transformer
+from fedkd_flwr.tasks.transformer import TransformerOptions, Transformers, save_transformer
 
 IMAGE_HEAD = "AutoModelForImageClassification"
 
@@ -138,13 +139,20 @@ class ImageModels:
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 out = self.forward(model.eval(), self.example_batch(), hidden_states=False, attentions=False)
-        except (RuntimeError, ValueError, IndexError) as error:  # of layers that images this small leave nothing for
+            shape, expected = list(out.logits.shape), [1, len(self._label_names)]
+            if shape != expected:
+                raise ValueError(f"its outputs are {shape} instead of {expected}")
+        except Exception as error:  # of the library's code, for which images this small may leave nothing
             raise ValueError(
                 f"{key}: a {type(model).__name__} can't take images of {self._shape[2]}x{self._shape[1]} pixels "
                 f"({reason_of(error)}); change its config (such as patch_size), or set task.image_size"
             ) from error
+        if not out.logits.isfinite().all():
+            raise ValueError(
+                f"{key}: the outputs of this {type(model).__name__} are not finite even for a grey image; "
+                "its weights or its config are damaged, take another"
+            )
         model.train(was_training)
-        assert out.logits.shape == (1, len(self._label_names)), out.logits.shape
 
 
 def chosen_models(options: ImageTaskOptions) -> Mapping[str, Any]:

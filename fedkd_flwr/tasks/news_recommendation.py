@@ -17,15 +17,17 @@ from fedkd_flwr.core.predictions import Numbers, Predictions
 from fedkd_flwr.core.protocols import Batch, DataReport, Examples, Models, Outputs
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.tasks.base import TableTask, copy_shared_tensors
+from fedkd_flwr.tasks.calls import as_tokens, show_attentions
+from fedkd_flwr.tasks.families import EXAMPLE_LENGTH, MadeUpTexts, require_readable
 from fedkd_flwr.tasks.impressions import Articles, ImpressionExamples, Ragged
 from fedkd_flwr.tasks.labels import Labels
 from fedkd_flwr.tasks.news import NewsData, read_impressions, read_news
 from fedkd_flwr.tasks.partition import IidPartition, NaturalPartition, OwnPartition, Rows, SizePartition
-from fedkd_flwr.tasks.recommender import NewsRecommender, require_text_encoder, save_recommender, score
+from fedkd_flwr.tasks.recommender import NewsRecommender, require_text_encoder, save_recommender, score, states_of
 from fedkd_flwr.tasks.scores import EVALUATION_BATCH, RANKING_METRICS, ranking_scores
 from fedkd_flwr.tasks.table import ClientRows, load_tables
-from fedkd_flwr.tasks.text import ENCODED_BYTES, TextTaskOptions, require_positions, require_vocabulary
-from fedkd_flwr.tasks.transformer import Transformers, as_tokens, show_attentions
+from fedkd_flwr.tasks.text import ENCODED_BYTES, TextTaskOptions, inputs_of, require_vocabulary
+from fedkd_flwr.tasks.transformer import Transformers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,7 +99,8 @@ class NewsRecommendation(TableTask):
             options.client_test_fraction,
         )
         super().__init__(options, rows, of_test.usable, ENCODED_BYTES)
-        self._report = rows.report(alike, (*news.notes, *of_train.notes, *of_test.notes), self._rows_of)
+        self._report = rows.report(alike, (*news.notes, *of_train.notes, *of_test.notes), rows_of=self._rows_of)
+        self._made_up = MadeUpTexts(self._tokenizer, inputs_of(self._tokenizer))
         settings = {"pad_token_id": self._tokenizer.pad_token_id}
         self._encoders = Transformers(options, "AutoModel", (), settings)
 
@@ -118,7 +121,7 @@ class NewsRecommendation(TableTask):
         for name, encoder in named.items():
             require_text_encoder(f"task.{name}", encoder)
             require_vocabulary(name, encoder, self._tokenizer)
-            require_positions(name, encoder, options.max_length)
+            require_readable(f"task.{name}", encoder, states_of, self._made_up, options.max_length)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "heads"))
             teacher, student, *others = (
@@ -128,16 +131,14 @@ class NewsRecommendation(TableTask):
         return Models(teacher, student, tuple(others))
 
     def example_batch(self) -> Batch:
-        """One impression of two word pieces."""
-        ids = torch.full((1, 2), int(self._tokenizer.pad_token_id))
+        """One impression of a few word pieces."""
         place = torch.zeros((1, 1), dtype=torch.int64)
         return {
             "candidates": place.expand(1, self._options.npratio + 1),
             "labels": place[0],
             "history": place,
             "history_mask": torch.ones_like(place),
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
+            **self._made_up.batch(min(EXAMPLE_LENGTH, self._options.max_length)),
         }
 
     def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:

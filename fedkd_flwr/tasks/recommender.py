@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedkd_flwr.core.protocols import Batch
-from fedkd_flwr.tasks.transformer import accepted_inputs, returns_attentions, save_transformer
+from fedkd_flwr.tasks.base import require_finite
+from fedkd_flwr.tasks.calls import accepted_inputs, asked_of
+from fedkd_flwr.tasks.transformer import save_transformer
 
 HEADS_FILE = "recommender.safetensors"
 CONFIG_FILE = "recommender.json"
@@ -94,7 +96,6 @@ class NewsRecommender(nn.Module):
     def __init__(self, encoder: nn.Module, news_dim: int, attention_dim: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self._accepted = accepted_inputs(encoder)
         self.heads = RecommenderHeads(int(encoder.config.hidden_size), news_dim, attention_dim)  # type: ignore[union-attr, arg-type]
         if isinstance(pooler := getattr(encoder, "pooler", None), nn.Module):
             # Nothing here reads it: frozen it stays loadable, and is not exchanged.
@@ -122,12 +123,29 @@ class NewsRecommender(nn.Module):
         return self._encoded(batch, hidden_states=False, attentions=False)[0]
 
     def _encoded(self, batch: Batch, *, hidden_states: bool, attentions: bool) -> tuple[Tensor, Any]:
-        out = self.encoder(
-            **{name: tensor for name, tensor in batch.items() if name in self._accepted},
-            output_hidden_states=hidden_states,
-            **({"output_attentions": True} if attentions and returns_attentions(self.encoder) else {}),
-        )
+        out = encoded_by(self.encoder, batch, hidden_states=hidden_states, attentions=attentions)
         return self.heads.articles(out.last_hidden_state, batch["attention_mask"].bool()), out
+
+
+def encoded_by(encoder: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Any:
+    """What an encoder returns of a batch, of which it takes what it knows."""
+    accepted = accepted_inputs(encoder)
+    return encoder(
+        **{name: tensor for name, tensor in batch.items() if name in accepted},
+        **asked_of(encoder, hidden_states=hidden_states, attentions=attentions),
+    )
+
+
+def states_of(encoder: nn.Module, batch: Batch) -> Tensor:
+    """Last hidden states of texts, [texts, tokens, width].
+
+    Raises:
+        ValueError: if there is none for each token.
+    """
+    states: Tensor = encoded_by(encoder, batch, hidden_states=False, attentions=False).last_hidden_state
+    if states.shape != (expected := (*batch["input_ids"].shape, encoder.config.hidden_size)):  # type: ignore[union-attr]
+        raise ValueError(f"its last hidden states are {list(states.shape)} instead of {list(expected)}")
+    return states
 
 
 def score(candidates: Tensor, users: Tensor) -> Tensor:
@@ -170,7 +188,11 @@ def save_recommender(
 
 
 def load_recommender(directory: Path) -> NewsRecommender:
-    """The model that `save_recommender` wrote, ready to score."""
+    """The model that `save_recommender` wrote, ready to score.
+
+    Raises:
+        ValueError: if it holds numbers that are not finite.
+    """
     # Imported here: it takes seconds, and checking a configuration should not.
     from transformers import AutoModel
 
@@ -178,4 +200,5 @@ def load_recommender(directory: Path) -> NewsRecommender:
     encoder = AutoModel.from_pretrained(directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     model = NewsRecommender(encoder, sizes["news_dim"], sizes["attention_dim"])
     model.heads.load_state_dict(load_file(directory / HEADS_FILE))
+    require_finite(model, directory)
     return model.eval()

@@ -17,10 +17,17 @@ from fedkd_flwr.core.losses import NO_LABEL
 from fedkd_flwr.core.protocols import Batch, Models, Outputs
 from fedkd_flwr.disk import refuse_unwritable
 from fedkd_flwr.tasks.base import TableTask
+from fedkd_flwr.tasks.families import EXAMPLE_LENGTH, MadeUpTexts, require_readable
 from fedkd_flwr.tasks.partition import Rows
 from fedkd_flwr.tasks.source import absolute_if_local, reason_of
 from fedkd_flwr.tasks.table import ClientRows
-from fedkd_flwr.tasks.transformer import TransformerOptions, Transformers, TransformerTaskOptions, save_transformer
+from fedkd_flwr.tasks.transformer import (
+    TransformerOptions,
+    Transformers,
+    TransformerTaskOptions,
+    save_transformer,
+    vocabulary_of,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,6 +96,9 @@ class TextTaskOptions(TransformerTaskOptions):
                         f"{name}.source: {model.source!r} has other tokens than {chosen.source!r}, "
                         "so the two models can't read the same batch; use models with one vocabulary"
                     )
+        if tokenizer.pad_token_id >= tokenizer.vocab_size:  # added to a vocabulary that had none
+            sizes = [size for model in own.values() if (size := vocabulary_of(model)) is not None]
+            _pad_within(tokenizer, min(sizes, default=len(tokenizer)))
         tokenizer.model_max_length = self.max_length
         return tokenizer
 
@@ -120,35 +130,40 @@ def _is_blank(tokenizer: Any) -> bool:
     return len(tokenizer) <= len(set(tokenizer.all_special_tokens))
 
 
+def _pad_within(tokenizer: Any, size: int) -> None:
+    """Let a tokenizer pad with a token below `size`, where its own is one that no model has a row for.
+
+    Which one it is makes no difference, for the mask hides it. The token itself is removed, or a text that spells it
+    out would still become its number.
+    """
+    from tokenizers import Tokenizer
+
+    pad = tokenizer.pad_token_id
+    candidates = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id)
+    chosen = next((other for other in candidates if other is not None and other < size), None)
+    if pad < size or chosen is None:
+        return
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules["added_tokens"] = [token for token in rules["added_tokens"] if token["id"] != pad]
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(rules | {"padding": None}))
+
+
 def require_vocabulary(model_name: str, model: torch.nn.Module, tokenizer: Any) -> None:
     """Check that a model knows every token.
 
     Raises:
         ValueError: if the tokenizer has more.
     """
-    size = getattr(model.config, "vocab_size", None)
-    if isinstance(size, int) and size < len(tokenizer):
+    config = model.config
+    assert not isinstance(config, Tensor | nn.Module)
+    size = getattr(config, "vocab_size", None)
+    if isinstance(size, int) and (unknown := [t for t, number in tokenizer.get_vocab().items() if number >= size]):
         raise ValueError(
-            f"task.{model_name}: knows {size} tokens, the tokenizer has {len(tokenizer)}; set config.vocab_size, "
-            "or use the tokenizer that the model was made with"
+            f"task.{model_name}: the tokenizer has {len(tokenizer)} tokens, the model {size}, and {unknown[0]!r} is "
+            "not among them; set config.vocab_size of a model without source, else name the tokenizer that it was made "
+            "with in task.tokenizer, or give it more rows (resize_token_embeddings) and save it"
         )
-
-
-def require_positions(model_name: str, model: torch.nn.Module, max_length: int) -> None:
-    """Check that a model with learned positions has one for each word piece.
-
-    Raises:
-        ValueError: if `max_length` is more than it has.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("position_embeddings", "wpe"):
-            # Where padding has a position of its own, as in RoBERTa, the first token's comes after it.
-            before = 0 if module.padding_idx is None else module.padding_idx + 1
-            if (most := module.num_embeddings - before) < max_length:
-                raise ValueError(
-                    f"task.max_length: must be at most {most}, the positions that task.{model_name} has, "
-                    f"got {max_length}"
-                )
 
 
 def encoded(table: "Dataset", tokenizer: Any, settings: Mapping[str, Any], encode: Encode) -> "Dataset":
@@ -269,6 +284,8 @@ class TextTask(TableTask):
         ValueError: if the tokenizer can't be loaded.
     """
 
+    _labels_tokens = False
+
     def __init__(
         self,
         options: TextTaskOptions,
@@ -283,11 +300,12 @@ class TextTask(TableTask):
         self._options = options
         self._label_names = tuple(label_names)
         self._tokenizer = options.load_tokenizer()
-        self._example_labels = torch.zeros((1,), dtype=torch.int64)
         pad = int(self._tokenizer.pad_token_id)
         self._padding = {"input_ids": pad}
+        self._made_up = MadeUpTexts(self._tokenizer, inputs_of(self._tokenizer))
         self._tables = {name: self._encoded(table) for name, table in tables.items()}
-        self._models = Transformers(options, head, self._label_names, {"pad_token_id": pad}, weights)
+        settings = {"pad_token_id": pad, "eos_token_id": self._made_up.end}
+        self._models = Transformers(options, head, self._label_names, settings, weights)
 
     def build_models(self, seed: int) -> Models:
         """Teacher and student as the options say; heads that no checkpoint has are drawn from `seed`."""
@@ -295,13 +313,13 @@ class TextTask(TableTask):
         others = {f"other_teachers.{n}.model": model for n, model in enumerate(models.other_teachers)}
         for name, model in {"teacher": models.teacher, "student": models.student, **others}.items():
             require_vocabulary(name, model, self._tokenizer)
-            require_positions(name, model, self._options.max_length)
+            require_readable(f"task.{name}", model, self._read, self._made_up, self._options.max_length)
         return models
 
     def example_batch(self) -> Batch:
-        """Two word pieces."""
-        ids = torch.full((1, 2), self._padding["input_ids"])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": self._example_labels}
+        """A text of few word pieces."""
+        batch = self._made_up.batch(min(EXAMPLE_LENGTH, self._options.max_length))
+        return {**batch, "labels": self._labels_of(batch)}
 
     def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:
         """Run a model on word pieces of shape [batch, tokens]."""
@@ -310,6 +328,23 @@ class TextTask(TableTask):
     def export(self, model: nn.Module, directory: Path) -> None:
         """Write a directory that `from_pretrained` and `pipeline` load."""
         save_transformer(model, directory, self._tokenizer)
+
+    def _labels_of(self, batch: Batch) -> Tensor:
+        """Labels of the right shape, all of the first class: [texts], in a task of tokens [texts, word pieces]."""
+        shape = batch["input_ids"].shape
+        return torch.zeros(shape if self._labels_tokens else shape[:1], dtype=torch.int64)
+
+    def _read(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Logits of made-up texts.
+
+        Raises:
+            ValueError: if they are not of this task's classes.
+        """
+        labels = self._labels_of(batch)
+        logits = self.forward(model, {**batch, "labels": labels}, hidden_states=False, attentions=False).logits
+        if logits.shape != (expected := (*labels.shape, len(self._label_names))):
+            raise ValueError(f"its outputs are {list(logits.shape)} instead of {list(expected)}")
+        return logits
 
     @abstractmethod
     def _pieces(self, rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:

@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, Field
 from torch import nn
 
@@ -121,6 +120,7 @@ class TokenClassification(TextTask):
     """The token classification task; see the module's text."""
 
     metrics = ENTITY_METRICS
+    _labels_tokens = True
 
     def __init__(self, options: TokenClassificationOptions, num_clients: int, seed: int) -> None:
         self._columns = columns = options.data.columns
@@ -163,7 +163,6 @@ class TokenClassification(TextTask):
         )
         weights = class_weights(options.class_weights, np.concatenate(self._tags["train"]), len(names))
         super().__init__(options, TOKEN_HEAD, tables, usable["test"], rows, names, weights)
-        self._example_labels = torch.zeros((1, 2), dtype=torch.int64)
         counts = tuple(tuple(int(n) for n in entities[mine].sum(axis=0)) for mine in rows.learned(self._rows_of))
         self._kinds, self._counts = tuple(kinds), counts
         splits = str(tables["train"].split), str(tables["test"].split)

@@ -4,10 +4,7 @@ Any architecture that the library can put a classification head on will do. Noth
 own code, and weights are read from safetensors only, never from a pickle.
 """
 
-import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,13 +12,21 @@ import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from fedkd_flwr.core.modules import on_device_of
+from fedkd_flwr.core.modules import not_finite, on_device_of
 from fedkd_flwr.core.protocols import Batch, Models, Outputs
 from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.disk import refuse_unwritable
-from fedkd_flwr.tasks.base import ClientsTeacher, ModelsOptions, copy_shared_tensors, save_pretrained
+from fedkd_flwr.tasks.base import ClientsTeacher, ModelsOptions, copy_shared_tensors, quiet, save_pretrained
+from fedkd_flwr.tasks.calls import (
+    accepted_inputs,
+    answer_in_full,
+    as_tokens,
+    asked_of,
+    show_attentions,
+)
 from fedkd_flwr.tasks.checkpoint_config import checkpoint_width
 from fedkd_flwr.tasks.classification_head import checkpoint_head, fit_head
+from fedkd_flwr.tasks.layers import LayersOptions, cut_student
 from fedkd_flwr.tasks.source import absolute_if_local, reason_of
 
 Load = Callable[[Any, str], nn.Module]
@@ -64,19 +69,6 @@ class TransformerOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=F
     def width(self) -> int:
         """Width of the hidden states of the checkpoint."""
         return checkpoint_width(str(self.source), self.revision)
-
-
-class LayersOptions(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """A student cut from its teacher: some of its layers, its embeddings and its head.
-
-    Attributes:
-        num_layers: how many, at most the teacher's.
-        pick: "first" takes the first ones, as FedKD's authors do; "spread" every k-th, the last one included.
-    """
-
-    name: Literal["layers"] = "layers"
-    num_layers: int = Field(2, ge=1)
-    pick: Literal["first", "spread"] = "first"
 
 
 StudentOptions = Annotated[LayersOptions | TransformerOptions, Field(discriminator="name")]
@@ -181,8 +173,7 @@ class Transformers:
             show_attentions(model)
         out = model(
             **{name: value for name, value in inputs.items() if name in accepted_inputs(model)},
-            output_hidden_states=hidden_states,
-            **({"output_attentions": True} if attentions and returns_attentions(model) else {}),
+            **asked_of(model, hidden_states=hidden_states, attentions=attentions),
         )
         weights = None if self._class_weights is None else self._class_weights.to(out.logits.device)
         return Outputs(
@@ -215,7 +206,7 @@ def load_transformer(
 
     kind = getattr(transformers, head)
     changes = {k: v for k, v in (options.config or {}).items() if k != "model_type"}
-    with _quiet():
+    with quiet():
         try:
             if options.source is None:
                 assert options.config is not None
@@ -231,8 +222,13 @@ def load_transformer(
                 f"{key}.config: a model of type {config.model_type!r} has no option {unknown[0]!r}; see the library's "
                 f"{type(config).__name__}"
             )
-        known = {k: v for k, v in settings.items() if hasattr(config, k)}
-        made_for = {k: getattr(config, k) for k in known}
+        if (named := changes.pop("num_labels", None)) is not None and labels and named != len(labels["id2label"]):
+            raise ValueError(
+                f"{key}.config.num_labels: must be {len(labels['id2label'])}, the classes that the task has, got "
+                f"{named!r}; leave it away"
+            )
+        known = _settings_of(config, settings, random=options.source is None)
+        made_for = {k: getattr(config, k, None) for k in known}
         # Numbers that follow from others are left to the library: of defaults they would contradict what is changed.
         given = {} if options.source is None else {k: v for k, v in config.to_dict().items() if k not in _DERIVED}
         # None there makes the library fail where a family has several classes for one task.
@@ -258,6 +254,11 @@ def load_transformer(
                 reshaped = {name: (list(there), list(here)) for name, there, here in info["mismatched_keys"]}
         except Exception as error:
             raise ValueError(_failure(options, key, error)) from error
+    for module in model.modules():
+        if hasattr(module, "config"):
+            answer_in_full(module.config)
+    if options.source is not None:
+        _require_finite(key, options.source, model)
     # A head of other classes is replaced; an encoder with parts of another shape would be worth little.
     if wrong := sorted(name for name in reshaped if name.startswith(f"{model.base_model_prefix}.")):
         there, here = reshaped[wrong[0]]
@@ -282,47 +283,6 @@ def load_transformer(
     return found
 
 
-def cut_student(teacher: nn.Module, options: LayersOptions) -> nn.Module:
-    """A student of some of the teacher's layers, with its embeddings and its head.
-
-    Raises:
-        ValueError: if the teacher has fewer layers, or none that can be told apart.
-    """
-    config = copy.deepcopy(teacher.config)
-    depth = getattr(config, "num_hidden_layers", None)
-    stacks = [n for n, m in teacher.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if depth is None or not stacks or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"task.student: a {type(teacher).__name__} has no plain stack of layers to cut from; "
-            "give the student a source or a config of its own"
-        )
-    if options.num_layers > depth:
-        raise ValueError(f"task.student.num_layers must be at most the teacher's {depth}, got {options.num_layers}")
-    num = options.num_layers
-    picked = [layer if options.pick == "first" else (layer + 1) * depth // num - 1 for layer in range(num)]
-    assert not isinstance(config, Tensor | nn.Module)
-    config.num_hidden_layers = num
-    if isinstance(types := getattr(config, "layer_types", None), list):
-        config.layer_types = [types[layer] for layer in picked]
-    with _quiet():
-        student: nn.Module = type(teacher)(config)
-    values, start = teacher.state_dict(), stacks[0] + "."
-    wanted = {}
-    for name in student.state_dict():
-        source = name
-        if name.startswith(start):
-            layer, rest = name[len(start) :].split(".", 1)
-            source = f"{start}{picked[int(layer)]}.{rest}"
-        if source not in values:
-            raise ValueError(
-                f"task.student.pick: layers of a {type(teacher).__name__} are not alike ({source!r} is missing), so "
-                "none can stand in another's place; use pick: first, or give the student a source or a config"
-            )
-        wanted[name] = values[source]
-    student.load_state_dict(wanted)
-    return student
-
-
 def freeze_embeddings(model: nn.Module) -> None:
     """Keep what a model's embedding layer holds, positions and norm included, as it is."""
     base = getattr(model, "base_model", model)
@@ -338,34 +298,63 @@ def freeze_embeddings(model: nn.Module) -> None:
     embeddings.requires_grad_(False)
 
 
-def show_attentions(model: nn.Module) -> None:
-    """Switch to the implementation of attention that returns its maps; faster ones return none."""
-    if getattr(model.config, "_attn_implementation", "eager") != "eager" and returns_attentions(model):
-        model.set_attn_implementation("eager")  # type: ignore[operator]
-
-
-def returns_attentions(model: nn.Module) -> bool:
-    """Whether a model has attention maps at all: a convolutional network has none."""
-    return hasattr(model.config, "num_attention_heads")
-
-
-def accepted_inputs(model: nn.Module) -> frozenset[str]:
-    """Names that a model's forward pass takes, apart from its labels, which tasks keep to themselves."""
-    return frozenset(inspect.signature(model.forward).parameters) - {"labels"}
-
-
-def as_tokens(states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-    """Hidden states as [batch, tokens, width]: the maps of a convolutional network have a token for each pixel."""
-    if not states:
-        return None
-    return tuple(state.flatten(2).transpose(1, 2) if state.ndim == 4 else state for state in states)
-
-
 def save_transformer(model: nn.Module, directory: Path, tokenizer: Any = None) -> None:
     """Write a directory that `from_pretrained` and `pipeline` load."""
     save_pretrained(model, directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+
+
+def vocabulary_of(options: TransformerOptions) -> int | None:
+    """Tokens that a model knows by its configuration; None where that can't be read or does not say."""
+    import transformers
+
+    changes = options.config or {}
+    try:
+        if options.source is None:
+            config = transformers.AutoConfig.for_model(**changes)
+        else:
+            config = transformers.AutoConfig.from_pretrained(
+                options.source, revision=options.revision, trust_remote_code=False
+            )
+        size = changes.get("vocab_size", getattr(config.get_text_config(), "vocab_size", None))
+    except Exception:  # which loading the model will say, with its key
+        return None
+    return size if isinstance(size, int) else None
+
+
+def _settings_of(config: Any, settings: Mapping[str, Any], *, random: bool) -> dict[str, Any]:
+    """Of the task's settings those that a family has.
+
+    How texts end and where a decoder begins is a pretrained model's own; of random ones with an encoder and a decoder,
+    which read off their answer there, it must be what the task's tokenizer writes.
+    """
+    known = {k: v for k, v in settings.items() if hasattr(config, k) and k != "eos_token_id"}
+    if random and config.is_encoder_decoder and "eos_token_id" in settings:
+        known["eos_token_id"] = settings["eos_token_id"]
+        if getattr(config, "decoder_start_token_id", None) is None:
+            known["decoder_start_token_id"] = settings["pad_token_id"]
+    return known
+
+
+def _require_finite(key: str, source: str, model: nn.Module) -> None:
+    """Check the numbers of a checkpoint: training would only ever say that they are no numbers, not where from."""
+    if (name := not_finite(model)) is not None:
+        raise ValueError(
+            f"{key}.source: {source!r} holds numbers that are not finite in {name!r}"
+            f"{_file_of(source, name)}; take another checkpoint, or one of an earlier step"
+        )
+
+
+def _file_of(source: str, name: str) -> str:
+    """Which of several files of a folder has a tensor, as far as names are the same there."""
+    from safetensors import safe_open
+
+    for path in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else ():
+        with safe_open(path, "pt") as file:
+            if any(name == there or name.endswith(f".{there}") for there in file.keys()):  # noqa: SIM118
+                return f" ({path.name})"
+    return ""
 
 
 def _failure(options: TransformerOptions, key: str, error: Exception) -> str:
@@ -382,17 +371,3 @@ def _failure(options: TransformerOptions, key: str, error: Exception) -> str:
         f"{key}.source: {options.source!r} is no folder here, and can't be loaded from the Hugging Face Hub "
         f"({reason}); check source, revision, the connection, and that its weights are kept as safetensors"
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without progress bars, and without the library's report of the head that a checkpoint does not have."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

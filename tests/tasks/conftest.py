@@ -43,6 +43,7 @@ PIECES = (
     "was",
     "it",
 )
+PIECES_AND_SPECIAL = len(SPECIAL) + len(PIECES)
 POSITIONS = 128
 
 
