@@ -97,7 +97,7 @@ class NewsRecommendation(TableTask):
             options.client_test_fraction,
         )
         super().__init__(options, rows, of_test.usable, ENCODED_BYTES)
-        self._report = rows.report(alike, (*news.notes, *of_train.notes, *of_test.notes), self._rows_of)
+        self._report = rows.report(alike, (*news.notes, *of_train.notes, *of_test.notes), rows_of=self._rows_of)
         settings = {"pad_token_id": self._tokenizer.pad_token_id}
         self._encoders = Transformers(options, "AutoModel", (), settings)
 
