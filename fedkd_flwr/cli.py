@@ -1,11 +1,9 @@
 """`fedkd`: run, resume, compare, report, status, check, state, deploy."""
 
 import logging
-import os
 import signal
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +15,7 @@ from rich.table import Table
 
 import fedkd_flwr
 from fedkd_flwr.cli_deploy import deploy
+from fedkd_flwr.cli_places import first_lines, is_new, place_of_report, run_name, writable
 from fedkd_flwr.console import Terminal, escape_what_streams_lack, one_line
 from fedkd_flwr.core.protocols import DataElsewhereError
 from fedkd_flwr.core.quoting import quoted
@@ -30,7 +29,7 @@ from fedkd_flwr.flower.inventory import delete_state, describe_age, kept_states
 from fedkd_flwr.flower.launcher import launch
 from fedkd_flwr.flower.processes import ENDING
 from fedkd_flwr.flower.retention import size_on_disk
-from fedkd_flwr.flower.runtime import Runtime, runtime_of
+from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.flower.server import check_resumable
 from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
 from fedkd_flwr.measure.ledger import LEDGER_FILE, LedgerError
@@ -52,7 +51,6 @@ from fedkd_flwr.report.runs import rounds_in_words, table_rows
 from fedkd_flwr.report.status import status_of
 from fedkd_flwr.report.table import screen_table
 from fedkd_flwr.report.tensorboard import require_tensorboard, write_events
-from fedkd_flwr.report.writing import TABLE_FILE
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -189,7 +187,7 @@ def report(
     """Draw runs again: figure, table and a page for each; several are compared in a place of their own."""
     if tensorboard:
         require_tensorboard()
-    directories = [each for n, each in enumerate(directories) if _is_new(each, directories[:n])] or directories
+    directories = [each for n, each in enumerate(directories) if is_new(each, directories[:n])] or directories
     if other := [text for text in overrides or () if text.partition("=")[0].strip().partition(".")[0] != "network"]:
         raise ConfigError(f"what was run can't be set any more, only network can, got {quoted(other[0])}")
     for directory in directories:
@@ -197,7 +195,7 @@ def report(
             raise ConfigError(f"{str(directory)!r} holds no {LEDGER_FILE}; give results/<experiment>/<run>")
     link = load(directories[0] / CONFIG_FILE, overrides).network if overrides else None
     try:
-        _show(directories, _place_of_report(directories, output_dir), link)
+        _show(directories, place_of_report(directories, output_dir), link)
         for directory in directories if tensorboard else ():
             _show_events(directory)
     except LedgerError as error:
@@ -333,29 +331,14 @@ def _run(experiment: Experiment, output_dir: Path | None, in_process: bool, note
 
 def _prepared(experiment: Experiment, output_dir: Path | None, noted: set[str]) -> Path:
     """A new run directory, of an experiment that can be run."""
-    run_dir = _root(experiment, output_dir) / experiment.name / _run_name()
+    run_dir = _root(experiment, output_dir) / experiment.name / run_name()
     check_accounting(experiment)
     # Built here first, so that data or models that don't fit are found before anything is started or written.
     runtime = runtime_of(experiment)
-    for line in (*_first_lines(runtime, run_dir), *(f"note: {note}" for note in runtime.notes if note not in noted)):
+    for line in (*first_lines(runtime, run_dir), *(f"note: {note}" for note in runtime.notes if note not in noted)):
         err.print(line, highlight=False, markup=False, soft_wrap=True)
     noted.update(runtime.notes)
     return run_dir
-
-
-def _first_lines(runtime: Runtime, run_dir: Path) -> list[str]:
-    """What a user should know before a run begins: who takes part, what leaves them, how much, where it goes."""
-    # Imported here, as for `check`.
-    from fedkd_flwr.flower.forecast import expected
-
-    experiment = runtime.experiment
-    sampled = "" if experiment.num_sampled == experiment.num_clients else f", {experiment.num_sampled} in each round"
-    return [
-        f"{experiment.name}: {experiment.num_clients} clients{sampled}, {experiment.num_rounds} rounds; "
-        f"results: {run_dir}",
-        f"what leaves a client: {runtime.leaves}",
-        f"bytes: {expected(runtime)}",
-    ]
 
 
 def _execute(
@@ -378,40 +361,7 @@ def _execute(
 
 def _root(experiment: Experiment, output_dir: Path | None) -> Path:
     """Where results go; made and tried now, because a run that can't write loses its work."""
-    return _writable(output_dir or Path(experiment.output_dir))
-
-
-def _writable(directory: Path) -> Path:
-    """The directory, absolute; it need not exist, but it must be possible to make it and to write there."""
-    try:
-        root = directory.expanduser().resolve()
-        existing = next(parent for parent in (root, *root.parents) if parent.exists())
-        usable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-    except (OSError, ValueError, RuntimeError):  # no such user, a zero byte, a name too long
-        usable = False
-    if not usable:
-        raise ConfigError(f"output_dir: must be a directory that can be written, got {str(directory)!r}")
-    return root
-
-
-def _is_new(directory: Path, earlier: list[Path]) -> bool:
-    """Whether a directory is to be reported on: named for the first time, and not a comparison that lies among runs."""
-    is_comparison = (directory / TABLE_FILE).is_file() and not (directory / CONFIG_FILE).exists()
-    return not is_comparison and directory.resolve() not in {each.resolve() for each in earlier}
-
-
-def _place_of_report(directories: list[Path], output_dir: Path | None) -> Path | None:
-    """Where a report goes; None: beside the only run. That of several takes the place of no run's own."""
-    if output_dir is not None or len(directories) == 1:
-        return None if output_dir is None else _writable(output_dir)
-    try:
-        return comparison_dir(_writable(directories[0].resolve().parent.parent))
-    except ConfigError as error:
-        raise ConfigError(f"{error}; say where the comparison goes with --output-dir") from None
-
-
-def _run_name() -> str:
-    return datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    return writable(output_dir or Path(experiment.output_dir))
 
 
 def _app_dir() -> Path:

@@ -118,7 +118,9 @@ def test_compare_runs_the_baselines_too_and_says_whether_distillation_pays(
     printed = capsys.readouterr().out
     for name in ("small", "small_fedavg_student", "small_local_only", "small_fedavg"):
         assert f"{name} (seed 1)" in printed
-    assert "small: the shared student: accuracy" in printed
-    assert printed.count("one seed: run other seeds before you believe it") == 3
+    first = "small: accuracy on the server's test set, round 3: the shared student 0."
+    assert first in printed and "always '0' (11 %)" in printed
+    assert printed.count("on one seed; run other seeds before you believe it") == 4
     (table,) = out.glob("comparison/*/table.md")
-    assert "* small: the shared student: accuracy" in table.read_text()
+    assert f"* {first}" in table.read_text()
+    assert "small: accuracy on the server" in (table.parent / "report.html").read_text()
