@@ -26,6 +26,7 @@ LAYERS = {
     "report": 3,
     "cli": 5,
     "cli_deploy": 4,
+    "cli_state": 4,
     "server_app": 4,
     "client_app": 4,
 }
