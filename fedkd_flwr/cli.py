@@ -9,29 +9,26 @@ from typing import Annotated
 
 import click
 import typer
-from rich import box
 from rich.live import Live
-from rich.table import Table
 
 import fedkd_flwr
 from fedkd_flwr.cli_deploy import deploy
 from fedkd_flwr.cli_places import first_lines, is_new, place_of_report, run_name, writable
+from fedkd_flwr.cli_state import state
 from fedkd_flwr.console import Terminal, escape_what_streams_lack, one_line
 from fedkd_flwr.core.protocols import DataElsewhereError
 from fedkd_flwr.core.quoting import quoted
-from fedkd_flwr.disk import disk_refuses, unwritable_place
+from fedkd_flwr.disk import disk_refuses, refusal
 from fedkd_flwr.experiment import CONFIG_FILE, ConfigError, Experiment, baselines_of, load
 from fedkd_flwr.flower.budget import check_accounting
 from fedkd_flwr.flower.cluster import joined_cluster
 from fedkd_flwr.flower.deployment import run_demo
 from fedkd_flwr.flower.errors import RunError
-from fedkd_flwr.flower.inventory import delete_state, describe_age, kept_states
 from fedkd_flwr.flower.launcher import launch
 from fedkd_flwr.flower.processes import ENDING
-from fedkd_flwr.flower.retention import size_on_disk
 from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.flower.server import check_resumable
-from fedkd_flwr.flower.settings import ServerSettings, default_state_dir
+from fedkd_flwr.flower.settings import ServerSettings
 from fedkd_flwr.measure.ledger import LEDGER_FILE, LedgerError
 from fedkd_flwr.measure.link import NetworkOptions
 from fedkd_flwr.report import (
@@ -64,6 +61,7 @@ app = typer.Typer(
     help="Federated knowledge distillation on Flower: small on the wire.",
 )
 app.add_typer(deploy, name="deploy")
+app.command()(state)
 out = Terminal()
 err = Terminal(stderr=True)
 
@@ -116,39 +114,6 @@ def resume(
     check_resumable(ServerSettings(experiment, run_dir, resume=True, force=force))
     _execute(experiment, run_dir, in_process, resume=True, force=force)
     _show([run_dir], None)
-
-
-@app.command()
-def state(
-    directory: Annotated[Path | None, typer.Argument(help="state or run directory; Flower's own by default")] = None,
-    training: Annotated[str, typer.Option(help="only this training")] = "",
-    client: Annotated[str, typer.Option(help="only this client")] = "",
-    delete: Annotated[bool, typer.Option("--delete", help="delete what is listed, private models included")] = False,
-) -> None:
-    """List what clients keep on this machine, and delete it when asked to."""
-    root = directory or default_state_dir()
-    listed = [
-        kept for kept in kept_states(root) if training in ("", kept.training_id) and client in ("", kept.client_key)
-    ]
-    if not listed:
-        raise ConfigError(f"{str(root)!r} holds no client state{' of that name' if training or client else ''}")
-    num_bytes = size_on_disk(kept.directory for kept in listed)
-    table = Table("training", "client", "version", "last reply", "kB", "changed", "age", "", box=box.SIMPLE)
-    for kept in listed:
-        if delete:
-            try:
-                delete_state(kept)
-            except OSError as error:
-                raise RunError(f"{str(kept.directory)!r} can't be deleted: {error.strerror}") from error
-        version = "damaged" if kept.version is None else str(kept.version)
-        replied = f"round {kept.replied_round}" if kept.replied_round else "-"
-        changed, age = f"{kept.changed:%Y-%m-%d %H:%M}", describe_age(datetime.now() - kept.changed)
-        size, fate = f"{kept.num_bytes / 1e3:.0f}", "deleted" if delete else ""
-        table.add_row(kept.training_id, kept.client_key, version, replied, size, changed, age, fate)
-    (out if out.is_terminal else Terminal(width=120)).print(table)
-    trainings = len({kept.training_id for kept in listed})
-    total = f"{len(listed)} states of {trainings} trainings, {num_bytes} bytes; what clients share is counted once"
-    out.print(total, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -302,7 +267,7 @@ def main() -> None:
     except OSError as error:
         if not disk_refuses(error):
             raise
-        _fail(unwritable_place(error) or _refused(error), EXIT_FAILED)
+        _fail(refusal(error), EXIT_FAILED)
     if code == EXIT_INTERRUPTED:
         _fail("interrupted", EXIT_INTERRUPTED)
     sys.exit(code or 0)
@@ -311,15 +276,6 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     err.print(f"fedkd: {one_line(message)}", style="red", highlight=False, markup=False, soft_wrap=True)
     sys.exit(code)
-
-
-def _refused(error: OSError) -> str:
-    """What the disk refused, in one line."""
-    what = repr(error.filename) if error.filename else "a file"
-    return (
-        f"{what} can't be written: {error.strerror or error}; "
-        "make room there, or choose another directory (--output-dir, TMPDIR, FLWR_HOME)"
-    )
 
 
 def _run(experiment: Experiment, output_dir: Path | None, in_process: bool, noted: set[str]) -> Path:

@@ -165,6 +165,15 @@ def unwritable_place(error: BaseException) -> str:
     return ""
 
 
+def refusal(error: OSError) -> str:
+    """What the disk refused, in one line with a remedy."""
+    what = repr(error.filename) if error.filename else "a file"
+    return unwritable_place(error) or (
+        f"{what} can't be written: {error.strerror or error}; "
+        "make room there, or choose another directory (--output-dir, TMPDIR, FLWR_HOME)"
+    )
+
+
 def write_problem(directory: Path) -> str:
     """Why a directory, or the nearest parent that exists, can't be written; empty if it can."""
     try:

@@ -27,6 +27,7 @@ LAYERS = {
     "cli": 5,
     "cli_deploy": 4,
     "cli_places": 4,
+    "cli_state": 4,
     "server_app": 4,
     "client_app": 4,
 }
