@@ -22,7 +22,7 @@ from fedkd_flwr.core.seeds import derive_seed
 from fedkd_flwr.disk import unwritable_place
 from fedkd_flwr.measure.link import NetworkOptions
 from fedkd_flwr.privacy import PrivacyOptions
-from fedkd_flwr.server_options import DpFixedClippingAggregation, EarlyStopOptions, FedAvgAggregation, ServerOptions
+from fedkd_flwr.server_options import DpFixedClippingAggregation, EarlyStopOptions, ServerOptions
 from fedkd_flwr.tasks import TASKS, TaskOptions
 from fedkd_flwr.yaml_text import YAML_ERRORS, read_yaml
 
@@ -181,7 +181,7 @@ class Experiment(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             raise ConfigError(f"privacy: must be null with {name}, which exchanges outputs, not updates")
         if self.privacy is not None and algorithm.make_aggregator:
             raise ConfigError(f"privacy: must be null with {name}, whose uploads are more than an update of a model")
-        if algorithm.make_aggregator and self.server.aggregator != FedAvgAggregation(weighting="uniform"):
+        if algorithm.make_aggregator and self.server.aggregator.name != "fedavg":
             raise ConfigError(
                 f"server.aggregator: must be left out with {name}, which has a rule of its own for outputs, "
                 f"got {self.server.aggregator.name}"
