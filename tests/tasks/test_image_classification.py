@@ -270,7 +270,10 @@ def test_options_that_do_not_fit_the_data_are_refused_with_the_key(
     [
         ({"image": "x"}, "task.data.columns.image: split 'train' has no column 'x'; columns: image, label, site"),
         ({"image": "label"}, "task.data.columns.image: 'label' holds no images but ClassLabel("),
-        ({"image": "site"}, "task.data: no row of split 'train' can be used: 48 have an image that can't be read ("),
+        (
+            {"image": "site"},
+            "task.data: no row of split 'train' can be used: 48 name an image file that is not there (",
+        ),
         ({"label": "x"}, "task.data.columns.label: split 'train' has no column 'x'; columns: image, label, site"),
         ({"label": "image"}, "task.data.columns.label: 'image' is the column of the images; name another"),
     ],
