@@ -5,6 +5,7 @@ summary both say so.
 """
 
 import json
+import re
 import shlex
 import subprocess
 import time
@@ -14,10 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedkd_flwr.core.printable import printable
 from fedkd_flwr.disk import make_directory, write_whole
 from fedkd_flwr.experiment import ConfigError, Experiment
 from fedkd_flwr.flower.errors import RunError
-from fedkd_flwr.flower.processes import POLL_SECONDS, Child, end, environment, interrupts_wait, start
+from fedkd_flwr.flower.processes import POLL_SECONDS, Child, end, environment, interrupts_wait, start, without_colours
 from fedkd_flwr.flower.settings import APP_FILES, code_digest
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Listener
 from fedkd_flwr.measure.summary import read_summary
@@ -26,6 +28,12 @@ RUN_LOG = "run.log"
 CONFIG_FILE = "config.toml"
 _COMMAND_SECONDS = 300.0
 _SHOWN_CHARACTERS = 300  # of an answer that is no JSON
+_REASON_CHARACTERS = 1000
+# What Flower puts in the place of a reason, and how its log begins to tell the real one.
+_SAYS_NOTHING = ("An error was encountered. Ending simulation", "Simulation Runtime crashed", "unknown error")
+_NO_HEARTBEAT = "No heartbeat received"
+_LAST_CHAIN = "raised an exception"
+_ERROR = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)\b")
 
 
 def check_app(app_dir: Path) -> None:
@@ -184,6 +192,8 @@ class Commands:
             RunError: if the run did not complete; with the reason.
             KeyboardInterrupt: on Ctrl-C, after the run was stopped.
         """
+        log = run_dir / RUN_LOG
+        before = log.stat().st_size if log.exists() else 0  # of earlier attempts
         try:
             self._follow(run_id, run_dir, listener, check)
         except KeyboardInterrupt:
@@ -191,7 +201,7 @@ class Commands:
                 self.stop(run_id)
             raise
         status = self.status(run_id)
-        _check_outcome(status, run_dir)
+        _check_outcome(status, run_dir, log.read_bytes()[before:].decode(errors="replace"))
         return status
 
     def _follow(self, run_id: int, run_dir: Path, listener: Listener | None, check: Callable[[], None]) -> None:
@@ -233,26 +243,49 @@ class Commands:
         try:
             answer: dict[str, Any] = json.loads(done.stdout[first:] if first >= 0 else "")
         except ValueError:
-            text = " ".join((done.stderr or done.stdout).split())
-            shown = text if len(text) <= _SHOWN_CHARACTERS else f"... {text[-_SHOWN_CHARACTERS:]}"
+            text = " ".join(without_colours(done.stderr or done.stdout).split())
+            shown = printable(text if len(text) <= _SHOWN_CHARACTERS else f"... {text[-_SHOWN_CHARACTERS:]}")
             raise RunError(f"{shlex.join(command[:2])}: {shown or 'no answer'}") from None
         return answer
 
 
 def _refusal(answer: Mapping[str, Any]) -> str:
     lines = str(answer.get("error-message", answer)).splitlines()
-    return " ".join(" ".join(line for line in lines if not line.startswith("Using SuperLink")).split())
+    return printable(" ".join(line for line in lines if not line.startswith("Using SuperLink")))
 
 
-def _check_outcome(status: Mapping[str, Any], run_dir: Path) -> None:
-    """Believe in success only if Flower and our own summary both say so."""
+def _check_outcome(status: Mapping[str, Any], run_dir: Path, log: str) -> None:
+    """Believe in success only if Flower and our own summary both say so.
+
+    Args:
+        status: what Flower says.
+        run_dir: of the run.
+        log: Flower's, of this attempt.
+
+    Raises:
+        RunError: with the reason, from the log where Flower has a phrase in its place.
+    """
     summary = read_summary(run_dir)
     flower_says = str(status.get("status", "unknown"))
     if flower_says == "finished:completed" and summary is not None and summary["status"] == "completed":
         return
-    reason = status.get("status-details") or status.get("details") or "no reason given"
-    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
-    raise RunError(f"{lines[-1] if lines else flower_says} (Flower says {flower_says}; log: {run_dir / RUN_LOG})")
+    reason = str(status.get("status-details") or status.get("details") or "")
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    said = lines[-1] if lines else "no reason given"
+    if not lines or any(words in said for words in _SAYS_NOTHING):
+        said = _reason_in(log) or said
+    if _NO_HEARTBEAT in said:
+        said = f"the process of the run died (out of memory?); go on with: fedkd resume {shlex.quote(str(run_dir))}"
+    said = printable(said, _REASON_CHARACTERS)
+    raise RunError(f"{said} (Flower says {flower_says}; log: {run_dir / RUN_LOG})")
+
+
+def _reason_in(log: str) -> str:
+    """What ended a run according to Flower's log of it: the first error of the last chain of them; empty if none."""
+    _, found, chain = without_colours(log).rpartition(_LAST_CHAIN)
+    errors = [line for line in (chain if found else log).splitlines() if _ERROR.match(line)]
+    told = [line for line in errors if not any(words in line for words in _SAYS_NOTHING)]
+    return (told[0] if found else told[-1]) if told else ""
 
 
 class _Tail:

@@ -22,6 +22,7 @@ from fedkd_flwr.flower.checkpoint import Checkpoint, Checkpoints
 from fedkd_flwr.flower.early_stop import Tally, reason_to_stop
 from fedkd_flwr.flower.errors import MessageError
 from fedkd_flwr.flower.grace import Grace
+from fedkd_flwr.flower.inflation import most_unfolded_bytes
 from fedkd_flwr.flower.mailbox import Mailbox
 from fedkd_flwr.flower.merger import Merger
 from fedkd_flwr.flower.reception import TTL_MARGIN_SECONDS, Reception
@@ -76,7 +77,7 @@ class Exchange(Strategy):
         self._roster = Roster(
             runtime.experiment.num_clients, None if options.bind_names == "none" else options.release_names
         )
-        self._mailbox = Mailbox(ledger)
+        self._mailbox = Mailbox(ledger, most_unfolded_bytes(wires))
         self._asked: dict[str, tuple[str, int]] = {}  # message id -> client key and attempt, of the replies in hand
         self._tally = Tally(options.max_skipped_rounds, checkpoints.directory.parent)
         self._row: Row = {}  # of the last round that is closed

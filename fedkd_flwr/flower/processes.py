@@ -1,19 +1,21 @@
 """Flower's long-running commands as children of this process: started, watched, ended."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
+from fedkd_flwr.core.printable import printable
 from fedkd_flwr.flower.errors import RunError
 
 LOOPBACK = "127.0.0.1"
@@ -25,6 +27,9 @@ _TAIL_CHARACTERS = 500
 
 # By a key, by an init system, by a terminal that is closed.
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -44,6 +49,11 @@ def environment(home: Path) -> dict[str, str]:
         "no_proxy": direct,
         "NO_PROXY": direct,
     }
+
+
+def without_colours(text: str) -> str:
+    """What a program printed, without the colours that it gave it."""
+    return _COLOUR.sub("", text)
 
 
 def free_ports(count: int) -> list[int]:
@@ -79,8 +89,8 @@ class Child:
 
     def failure(self, what: str) -> RunError:
         """The error that it failed so, with the end of its log."""
-        text = " ".join(self.log.read_text(encoding="utf-8", errors="replace").split())
-        return RunError(f"{self.name} {what}: {text[-_TAIL_CHARACTERS:] or 'it printed nothing'}")
+        text = " ".join(without_colours(self.log.read_text(encoding="utf-8", errors="replace")).split())
+        return RunError(f"{self.name} {what}: {printable(text[-_TAIL_CHARACTERS:]) or 'it printed nothing'}")
 
 
 class Children:
@@ -106,7 +116,9 @@ class Children:
             end([child.process for child in reversed(self._servers)])
             _end_groups(groups | _groups_of(self._homes))
 
-    def start(self, name: str, command: Sequence[str], home: Path, log: Path) -> Child:
+    def start(
+        self, name: str, command: Sequence[str], home: Path, log: Path, settings: Mapping[str, str] = NO_SETTINGS
+    ) -> Child:
         """Start a server.
 
         Args:
@@ -114,12 +126,13 @@ class Children:
             command: the program, one of this installation's, and its arguments.
             home: its Flower home and its working directory.
             log: file to append what it prints to.
+            settings: environment variables that it is given beyond those of all.
 
         Raises:
             RunError: if there is no such program.
         """
         with interrupts_wait():  # or a process would run that nobody knows of
-            child = start(name, command, home, log)
+            child = start(name, command, home, log, settings)
             self._servers.append(child)
             self._homes.add(home)
         return child
@@ -172,14 +185,14 @@ def interrupts_wait() -> Iterator[None]:
             signal.raise_signal(caught[0])
 
 
-def start(name: str, command: Sequence[str], home: Path, log: Path) -> Child:
+def start(name: str, command: Sequence[str], home: Path, log: Path, settings: Mapping[str, str] = NO_SETTINGS) -> Child:
     """Start a process in a session of its own, so that Ctrl-C reaches this process alone; see `Children.start`."""
     with log.open("ab") as output:
         try:
             process = subprocess.Popen(
                 command,
                 cwd=home,
-                env=environment(home),
+                env={**environment(home), **settings},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

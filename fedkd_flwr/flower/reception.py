@@ -8,6 +8,7 @@ from time import monotonic, sleep
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedkd_flwr.core.printable import printable
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.mailbox import NOBODY, Mailbox
 from fedkd_flwr.flower.records import HELLO, Hello, HelloReply
@@ -179,5 +180,6 @@ class Reception:
             self._reset(key)  # its encoder begins again, and so does our decoder
 
     def _event(self, current: Round, client_key: str, event: str) -> None:
+        event = printable(event)
         _log.warning("client %s: %s", client_key, event)
         self._ledger.write("event", round=current.number, client=client_key, event=event)

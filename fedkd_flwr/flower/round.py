@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from fedkd_flwr.core.printable import printable
 from fedkd_flwr.flower.records import Reply
 from fedkd_flwr.flower.roster import Seat
 
@@ -65,7 +66,8 @@ class Round:
     payload_bytes: int = 0
 
     def reject(self, client_key: str, kind: str, reason: str) -> None:
-        """Note that a client's reply does not count, and why."""
+        """Note that a client's reply does not count, and why, in one printable line."""
+        reason = printable(reason)
         _log.warning("round %d: reply of %s rejected: %s", self.number, client_key, reason)
         self.rejected.append(Rejection(client_key, kind, reason))
 

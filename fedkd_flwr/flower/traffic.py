@@ -25,11 +25,17 @@ class Traffic:
     framing_bytes: int
 
 
+def unknown_traffic(direction: Literal["downlink", "uplink"]) -> Traffic:
+    """What is known of a message whose content can't be read: that there was one."""
+    per_object, constant = FRAMING_BYTES[direction]
+    return Traffic(ENVELOPE_BYTES[direction], per_object + constant)
+
+
 def traffic_of(message: Message, direction: Literal["downlink", "uplink"]) -> Traffic:
     """Count the bytes of a message; one that holds an error has a reason instead of content."""
     content_bytes, num_objects = 0, 1
     if message.has_error():
-        content_bytes = len((message.error.reason or "").encode())
+        content_bytes = len((message.error.reason or "").encode(errors="replace"))  # half a surrogate pair has no bytes
     else:
         with no_object_id_recompute():
             objects = get_all_nested_objects(message.content)

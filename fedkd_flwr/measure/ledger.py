@@ -65,6 +65,7 @@ class Ledger:
         LedgerError: if a line of that file is damaged.
 
     Attributes:
+        directory: where the file is.
         wire_bytes: of all messages so far.
         last_round: the last round that has a row; -1 where none has.
         training_id: of the `start` row, or empty.
@@ -74,6 +75,7 @@ class Ledger:
 
     def __init__(self, directory: Path, listener: Listener | None = None) -> None:
         path = directory / LEDGER_FILE
+        self.directory = directory
         self.wire_bytes = 0
         self.last_round = -1
         self.training_id = ""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedkd_flwr.experiment import ConfigError
-from fedkd_flwr.flower.commands import Commands, add_connection
+from fedkd_flwr.flower.commands import Commands, _check_outcome, add_connection
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.processes import environment
 from fedkd_flwr.flower.settings import flower_home
@@ -101,3 +101,47 @@ def test_flowers_home_is_absolute_because_its_commands_run_there(
 def test_a_proxy_is_not_asked_for_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "intranet")
     assert environment(tmp_path)["no_proxy"] == environment(tmp_path)["NO_PROXY"] == "intranet,127.0.0.1,localhost"
+
+
+LOG = """\x1b[91mERROR \x1b[0m: client 3
+ValueError: a client's, long before
+\x1b[91mERROR \x1b[0m:     Simulation raised an exception
+Traceback (most recent call last):
+  raise OSError(
+OSError: No space left on device: '/tmp/x'
+
+The above exception was the direct cause of the following exception:
+
+RuntimeError: Simulation Runtime crashed.
+RuntimeError: An error was encountered. Ending simulation.
+"""
+
+
+@pytest.mark.parametrize(
+    ("details", "log", "said"),
+    [
+        (
+            "Simulation failed with exception: An error was encountered. Ending simulation.",
+            LOG,
+            "OSError: No space left",
+        ),
+        ("", LOG, "OSError: No space left on device: '/tmp/x' "),
+        (
+            "Task failed with unknown error.",
+            "ray.exceptions.RaySystemError: full\n",
+            "ray.exceptions.RaySystemError: full",
+        ),
+        ("Task failed with unknown error.", "nothing of use\n", "Task failed with unknown error."),
+        ("", "", "no reason given"),
+        ("No heartbeat received from the task", "", "the process of the run died (out of memory?); go on with: fedkd"),
+        ("no round had 2 good replies", LOG, "no round had 2 good replies"),
+        ("\x1b[2Jno \u202eround", "", r"\x1b[2Jno \u202eround"),
+    ],
+)
+def test_a_run_that_failed_says_why_also_where_flower_has_the_reason_in_its_log_alone(
+    details: str, log: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError) as caught:
+        _check_outcome({"status": "finished:failed", "status-details": details}, tmp_path, log)
+    assert str(caught.value).startswith(said)
+    assert str(tmp_path) in str(caught.value)

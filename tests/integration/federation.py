@@ -22,6 +22,7 @@ from fedkd_flwr.flower.certificates import (
     make_node_key,
 )
 from fedkd_flwr.flower.commands import add_connection
+from fedkd_flwr.flower.processes import NO_SETTINGS
 from fedkd_flwr.measure.ledger import Row
 from tests.conftest import ROOT, SMALL
 from tests.flower.test_exchange import rows_of
@@ -113,7 +114,13 @@ class Federation:
             self.registered[int(answer["node-id"])] = name
 
     def start_node(
-        self, name: str, config: Mapping[str, int | str], *, key: str | None = None, authority: Path | None = None
+        self,
+        name: str,
+        config: Mapping[str, int | str],
+        *,
+        key: str | None = None,
+        authority: Path | None = None,
+        settings: Mapping[str, str] = NO_SETTINGS,
     ) -> Started:
         """A SuperNode.
 
@@ -122,6 +129,7 @@ class Federation:
             config: what else it is configured with.
             key: of those made, to authenticate itself with.
             authority: what it trusts; the one that signed the SuperLink's certificate by default.
+            settings: environment variables beyond those of all.
         """
         entries = {"state-dir": str(self.state_dir(name)), **config}
         node = " ".join(f"{entry}={json.dumps(value)}" for entry, value in entries.items())
@@ -131,18 +139,19 @@ class Federation:
         return self._start(
             *("flower-supernode", "--superlink", self._address, "--port", port, "--node-config", node),
             *(allowed if self._secure else ("--insecure",)),
+            settings=settings,
         )
 
     def state_dir(self, name: str) -> Path:
         return self.directory / name
 
-    def _start(self, *command: object) -> Started:
+    def _start(self, *command: object, settings: Mapping[str, str] = NO_SETTINGS) -> Started:
         log = self._home / f"{command[0]}-{len(self._started)}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [str(part) for part in command],
                 cwd=self._home,
-                env=self._environment,
+                env=self._environment | dict(settings),
                 stdout=output,
                 stderr=output,
             )
@@ -216,6 +225,19 @@ def federation(directory: Path, num_nodes: int) -> Iterator[Federation]:
         yield made
     finally:
         made.stop()
+
+
+def running(*words: str) -> dict[int, str]:
+    """Command lines with all these words, by process."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if all(word in line for word in words):
+            found[int(file.parent.name)] = line
+    return found
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 240.0) -> None:

@@ -17,6 +17,7 @@ from fedkd_flwr.compressors.payload import HEADER_BYTES
 from fedkd_flwr.flower.carriage import carried
 from fedkd_flwr.flower.records import HelloReply, Instruction
 from fedkd_flwr.flower.store import PREVIOUS_FILE, STATE_FILE, ClientStore
+from fedkd_flwr.flower.traffic import ENVELOPE_BYTES
 from tests.integration.faults.world import Call, World
 from tests.payloads import change_payload, put_array, remove_payload
 
@@ -316,6 +317,24 @@ def stray(world: World, asked: Message, reply: Message) -> Iterable[Message]:
     return [other, reply]
 
 
+def inflates_to_nothing(world: World, asked: Message, reply: Message) -> Iterable[Message]:
+    """What Flower raises of an object that it can't read, when it is pulled."""
+    world.memory["bytes"]["uplink"] += ENVELOPE_BYTES["uplink"]  # all that is known of it
+    raise ValueError("Class name (RecordDict) and object type (Message) do not match.")
+
+
+def misattributed(world: World, asked: Message, reply: Message) -> Iterable[Message]:
+    """The reply says that it answers what another client was asked."""
+    other = next(
+        key
+        for key, message in world.grid._sent.items()
+        if message.metadata.message_type == "train" and message is not asked
+    )
+    reply.metadata.__dict__["_reply_to_message_id"] = other
+    world.memory["bytes"]["uplink"] += ENVELOPE_BYTES["uplink"]
+    return [reply]
+
+
 def garbled_downlink(world: World, message: Message, context: Context, work: Call) -> Message:
     content = message.content
     if carried(content) is not None:
@@ -570,6 +589,8 @@ FAULTS = [
     Fault("reply of an earlier round replayed", "stale", replayed, on_reply=remember_reply, rounds=(2, 3, 4)),
     Fault("reply delivered twice", None, on_reply=doubled),
     Fault("reply from a node that was never asked", None, on_reply=stray),
+    Fault("objects that Flower can't inflate", "malformed", on_reply=inflates_to_nothing, committed=True),
+    Fault("reply in another client's name", "malformed", on_reply=misattributed, committed=True),
     Fault("a fifth of all replies is lost", "error", lost_at_random, rounds=EVERY_ROUND, everyone=True),
     Fault("broadcast garbled on its way", "error", garbled_downlink),
     Fault("all clients fail in one round", "error", every_client_fails, rounds=(3,), everyone=True),
