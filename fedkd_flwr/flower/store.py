@@ -27,8 +27,6 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from fedkd_flwr.core.arrays import Arrays
 from fedkd_flwr.core.modules import without_prefix
 from fedkd_flwr.disk import make_directory, make_durable, write_directory
@@ -203,14 +201,11 @@ class ClientStore:
             write: called with the path of a directory that it makes and fills.
 
         Raises:
-            StateError: if the disk or the node's quota refuses; the directory is as it was.
+            StateError: if the node's quota refuses.
+            OSError: if the disk does. Either way the directory is as it was.
         """
-        try:
-            with self._room(self._size(arrays)):
-                write_directory(self.directory / name, write)
-        except (OSError, SafetensorError) as error:
-            reason = reason_without_place(error, self.directory / name)
-            raise StateError(f"{name} can't be written: {reason}") from None
+        with self._room(self._size(arrays)):
+            write_directory(self.directory / name, write)
 
     def _room(self, num_bytes: int) -> AbstractContextManager[None]:
         return room(self.directory.parent.parent, self._retention, self._training_id, num_bytes)
