@@ -140,25 +140,26 @@ def test_a_node_whose_objects_can_not_be_read_costs_its_own_replies(tmp_path: Pa
     (tmp_path / "patch" / "sitecustomize.py").write_text(THREE_BYTES)
     with federation(tmp_path, 2) as nodes:
         nodes.start_node("hostile", {"partition-id": 2}, settings={"PYTHONPATH": str(tmp_path / "patch")})
-        flower = nodes.wait(nodes.submit("num_rounds=2"), 300)
+        flower = nodes.wait(nodes.submit("num_rounds=2 server.connect_timeout_seconds=400"), 900)
         assert flower["status"] == "finished:completed", flower
-        for row in nodes.rows("round")[1:]:
-            assert row["clients"] == ["00000", "00001"]
-            [rejected] = row["rejected"]
-            assert (rejected["client"], rejected["kind"]) == ("00002", "malformed")
-            assert rejected["reason"].startswith("its reply can't be read: ")
-        assert nodes.rows("final")[0]["clients"] == ["00000", "00001"]
+        trained, final = nodes.rows("round")[1:], nodes.rows("final")[0]
+        assert [row["clients"] for row in (*trained, final)] == [["00000", "00001"]] * 3
+        rejected = [item for row in (*trained, final) for item in row["rejected"]]
+        assert trained[0]["rejected"]  # in later rounds it is asked only if it has said in time who it is
+        for item in rejected:
+            assert (item["client"], item["kind"]) == ("00002", "malformed")
+            assert item["reason"].startswith("its reply can't be read: ")
         booked = [row for row in nodes.rows("message") if row["direction"] == "uplink" and row["node"] == "00002"]
-        assert [row["purpose"] for row in booked] == ["train", "train", "evaluate"]
+        assert len(booked) == len(rejected)
 
 
 def test_a_dead_worker_ends_the_run_with_the_remedy_which_gives_the_student_of_an_undisturbed_run(
     tmp_path: Path, run: Run
 ) -> None:
     with simulation(tmp_path, "num_rounds=12") as killed:
-        wait_until(lambda: killed.rounds() > 2, "round 2")
+        wait_until(lambda: killed.rounds() > 2, "round 2", 480)
         kill_all(killed.workers()[:1])
-        output, _ = killed.process.communicate(timeout=240)
+        output, _ = killed.process.communicate(timeout=480)
         assert killed.process.returncode == 1, output
         [run_dir] = killed.out.glob("*/*")
         assert "a worker of the simulation died" in output
