@@ -34,16 +34,24 @@ def unplaced(context: Context) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        places = _places(context)
-        told = without_places(str(error), places, str(context.run_config.get("config-text", "")))
-        if told == str(error) and "data-path" not in context.node_config:
+        places, known = _places(context), str(context.run_config.get("config-text", ""))
+        told = without_places(str(error), places, known)
+        clean = all(without_places(str(part), places, known) == str(part) for part in _chain(error))
+        if clean and "data-path" not in context.node_config:
             raise
         _log.exception("a message can't be answered")  # here the places may be named
         if isinstance(error, _AS_THEY_ARE):
             error.args = (told,)
             raise error.with_traceback(None) from None
-        said = without_places(reason_of(error), places, str(context.run_config.get("config-text", "")))
-        raise NodeError(said) from None
+        raise NodeError(without_places(reason_of(error), places, known)) from None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it: Flower sends the text of them all."""
+    part: BaseException | None = error
+    while part is not None:
+        yield part
+        part = part.__cause__ or part.__context__
 
 
 def without_places(text: str, places: Mapping[str, str], known: str = "") -> str:

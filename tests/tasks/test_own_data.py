@@ -17,6 +17,7 @@ from fedkd_flwr import cli
 from fedkd_flwr.core.protocols import Task, score_of
 from fedkd_flwr.experiment import ConfigError, Experiment, parse
 from fedkd_flwr.flower.client import client_of
+from fedkd_flwr.flower.guard import unplaced
 from fedkd_flwr.flower.in_process import run_in_process
 from fedkd_flwr.measure.ledger import read_rows
 from fedkd_flwr.measure.summary import read_summary
@@ -294,7 +295,7 @@ def test_no_word_that_a_node_sends_of_an_error_names_its_path(
         (site / "train.parquet").write_bytes(b"no parquet")
     node = {"data-path": str(site), "state-dir": str(tmp_path / "state")}
     context = Context(1, 1, node, RecordDict(), {"config-text": experiment.to_yaml()})
-    with pytest.raises(ConfigError, match=r"^data-path: ") as caught:
+    with pytest.raises(ConfigError, match=r"^data-path: ") as caught, unplaced(context):
         client_of(context, ROOT)
     assert str(site) not in "".join(format_exception(caught.value))
 
