@@ -24,12 +24,14 @@ from fedkd_flwr.flower.inflation import inflation_limited
 from fedkd_flwr.flower.replies import reason_of, unreadable
 from fedkd_flwr.flower.simulation import lost_worker
 from fedkd_flwr.flower.traffic import Traffic, traffic_of, unknown_traffic
+from fedkd_flwr.flower.uploads import uploads_awaited
 from fedkd_flwr.measure.ledger import Ledger, MessageRow
 
 _FIRST_PAUSE_SECONDS = 0.01
 _LONGEST_PAUSE_SECONDS = 1.0
 # Of the time spent on asking in vain: each question costs the SuperLink some milliseconds, and nodes need it, too.
 _PAUSE_RATIO = 4.0
+_UPLOAD_SECONDS = 10.0  # for an upload that began in time, after its time is over
 MOST_UNFOLDED_BYTES = 2**31  # of one array, where nothing is known of what a client may send
 NOBODY = "-"  # stands for a node that has not said who it is
 
@@ -100,7 +102,7 @@ class Mailbox:
         """
         collected = []
         for message_id, asked in list(self._unanswered.items()):
-            if (received := self._pull(grid, message_id)) is not None:
+            if (received := self._pull(grid, message_id, 0.0)) is not None:
                 del self._unanswered[message_id]
                 self._book_reply(received, asked)
                 self._require_worker(grid, received.message)
@@ -166,7 +168,8 @@ class Mailbox:
             in_vain, silent = 0.0, []
             for message_id in waiting:
                 began = monotonic()
-                if (received := self._pull(grid, message_id)) is not None:
+                ends = deadline if grace is None else min(deadline, grace.ends())
+                if (received := self._pull(grid, message_id, ends - began)) is not None:
                     if grace is not None:
                         grace.take(received.message)
                     yield message_id, received
@@ -181,14 +184,20 @@ class Mailbox:
             waiting = silent
             sleep(max(0.0, min(max(pause, _PAUSE_RATIO * in_vain), deadline - monotonic())))
 
-    def _pull(self, grid: Grid, message_id: str) -> _Received | None:
+    def _pull(self, grid: Grid, message_id: str, seconds: float) -> _Received | None:
         """The reply to a message if it is there; where it can't be read, a message with the reason in its place.
+
+        Args:
+            grid: Flower's.
+            message_id: of the message.
+            seconds: that are left for what a node has announced and is still uploading.
 
         Raises:
             httpx.TransportError: if the SuperLink is gone, which is no node's doing.
         """
         try:
-            with inflation_limited(self._most_unfolded_bytes):
+            awaited = uploads_awaited(max(seconds, _UPLOAD_SECONDS))
+            with awaited, inflation_limited(self._most_unfolded_bytes):
                 replies = list(grid.pull_messages([message_id]))
             return _received(replies, message_id) if replies else None
         except httpx.TransportError:

@@ -3,10 +3,16 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
+from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.proto.message_pb2 import Metadata, ObjectTree, PullObjectRequest, PullObjectResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.run import Run
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedkd_flwr.flower.local_grid import LocalGrid
 
@@ -77,6 +83,42 @@ class ObjectGrid(LocalGrid):
             pulled.append(inflate_object_from_contents(objects.root, dict(objects.contents)))
             pulled[-1].metadata.__dict__["_message_id"] = objects.root  # type: ignore[attr-defined]
         return iter(pulled)  # type: ignore[arg-type]
+
+
+class UploadGrid(ObjectGrid):
+    """Flower's own grid of a deployment, before a SuperLink whose nodes have announced what they upload.
+
+    Args:
+        answers: what each node answers; an object without bytes is one that it has not uploaded.
+    """
+
+    def __init__(self, answers: Iterable[Answer]) -> None:
+        super().__init__(answers)
+        self._http: Any = HttpGrid(insecure=True, token="unused")
+        self._http._client, self._http._run = self, Run.create_empty(1)
+        self._uploaded: dict[str, bytes] = {}
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        return iter(self._http.pull_messages(message_ids))
+
+    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:
+        found = PullAppMessagesResponse()
+        for key in [key for key in request.message_ids if key in self._instructions]:
+            asked = self._instructions.pop(key)
+            objects = self._answers[asked.metadata.dst_node_id](asked)
+            self._uploaded |= objects.contents
+            metadata = Metadata(message_id=objects.root, reply_to_message_id=key)
+            found.messages_list.append(MessageProto(metadata=metadata))
+            parts = [ObjectTree(object_id=part) for part in objects.contents if part != objects.root]
+            found.message_object_trees.append(ObjectTree(object_id=objects.root, children=parts))
+        return found
+
+    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:
+        content = self._uploaded[request.object_id]
+        return PullObjectResponse(object_found=True, object_available=content != b"", object_content=content)
+
+    def ConfirmMessageReceived(self, request: object) -> None:
+        """It may be forgotten."""
 
 
 def _unused(message: Message, context: Context) -> Message:

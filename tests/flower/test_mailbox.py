@@ -13,6 +13,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK
 from flwr.proto.message_pb2 import Message as MessageProto
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 
 from fedkd_flwr.flower import mailbox as mailbox_module
 from fedkd_flwr.flower.errors import MessageError
@@ -23,7 +24,7 @@ from fedkd_flwr.flower.records import HelloReply, Reply
 from fedkd_flwr.flower.replies import content_of
 from fedkd_flwr.flower.traffic import ENVELOPE_BYTES
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Ledger, Row, read_rows
-from tests.flower.objects import Answer, ObjectGrid, Objects, answered
+from tests.flower.objects import Answer, ObjectGrid, Objects, UploadGrid, answered
 
 Change = Callable[[Objects], None]
 
@@ -163,6 +164,39 @@ def test_a_superlink_that_is_gone_is_no_nodes_doing(ledger: Ledger) -> None:
 
     with pytest.raises(httpx.ConnectError):
         sent(Mailbox(ledger), HONEST, gone)
+
+
+def announced(objects: Objects) -> None:
+    """Said, and not uploaded."""
+    objects.contents[objects.of_kind("ArrayChunk")] = b""
+
+
+def test_a_node_that_announces_and_never_uploads_holds_up_the_others_no_longer_than_the_round(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailbox_module, "_UPLOAD_SECONDS", 0.2)
+    grid = UploadGrid([answered(lambda: reply().to_records(), announced)] * 2 + [HONEST])
+    began = time.monotonic()
+    post = Mailbox(ledger).exchange(grid, asked(grid), {}, "train", 1, 0.5)
+    assert time.monotonic() - began < 5
+    *never, (_, honest) = post.replies
+    assert is_good(honest)
+    for _, message in never:
+        with pytest.raises(MessageError, match="unavailable"):
+            content_of(message)
+
+
+def test_an_upload_that_began_in_time_may_end_a_little_later(ledger: Ledger) -> None:
+    grid = UploadGrid([HONEST])
+    given = grid.PullObject
+    times = iter(range(1000))
+
+    def not_at_once(request: PullObjectRequest) -> PullObjectResponse:
+        return given(request) if next(times) > 9 else PullObjectResponse(object_found=True, object_available=False)
+
+    grid.PullObject = not_at_once  # type: ignore[method-assign]
+    [(_, message)] = Mailbox(ledger).exchange(grid, asked(grid), {}, "train", 1, 0.0).replies
+    assert is_good(message)
 
 
 def test_replies_are_pulled_one_by_one(ledger: Ledger) -> None:
