@@ -1,11 +1,14 @@
 """A whole deployment on loopback: SuperLink, SuperExec and SuperNodes with TLS and node authentication.
 
 What `docs/deploy.md` does by hand on several machines, on one: the same certificates, keys and processes, in a
-temporary home, for one run of an experiment.
+temporary home, for one run of an experiment. Certificates say who the server is and keys who the nodes are; who users
+are Flower does not ask, so the SuperLink here serves one user of the machine, as that of a simulation does.
 """
 
+import logging
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +18,8 @@ from fedkd_flwr.flower import certificates
 from fedkd_flwr.flower.certificates import make_certificates, make_node_key
 from fedkd_flwr.flower.commands import Commands, add_connection, check_app, run_config, toml
 from fedkd_flwr.flower.errors import RunError
-from fedkd_flwr.flower.processes import LOOPBACK, Child, Children, free_ports
+from fedkd_flwr.flower.private_superlink import CLOSED_DOORS, PRIVATE_SUPERLINK, can_tell_users_apart
+from fedkd_flwr.flower.processes import LOOPBACK, NO_SETTINGS, Child, Children, free_ports
 from fedkd_flwr.measure.ledger import LEDGER_FILE, Listener, read_rows
 
 LOGS_DIR = "logs"
@@ -24,6 +28,12 @@ _CONNECTION = "demo"
 _CERTIFICATE_DAYS = 30
 _ONLINE_SECONDS = 120.0
 _LOOK_SECONDS = 1.0
+_SHARED_MACHINE_NOTE = (
+    "this system does not tell whose a connection is, so other users of this machine could run apps of theirs in the "
+    "demo, as you"
+)
+
+_log = logging.getLogger("fedkd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +115,22 @@ class _Site:
 
     def start_server(self) -> Commands:
         """SuperLink and SuperExec; the commands that reach them."""
+        if not (private := can_tell_users_apart()):
+            _log.warning("note: %s", _SHARED_MACHINE_NOTE)
         make_certificates(self._keys, ["localhost", LOOPBACK], _CERTIFICATE_DAYS)
         home = self._directory("server")
         secret = ("--superexec-auth-secret-file", str(self._keys / certificates.SECRET))
         superlink = self._start(
             "superlink",
             home,
-            *("flower-superlink", "--host", LOOPBACK, "--port", str(self._port)),
+            *(PRIVATE_SUPERLINK if private else ("flower-superlink",)),
+            *("--host", LOOPBACK, "--port", str(self._port)),
             *("--ssl-ca-certfile", str(self._ca)),
             *("--ssl-certfile", str(self._keys / certificates.SERVER_CERTIFICATE)),
             *("--ssl-keyfile", str(self._keys / certificates.SERVER_KEY)),
             *("--enable-supernode-auth", "--isolation", "process", *secret),
             *("--database", str(home / "state.db"), "--disable-runtime-dependency-installation"),
+            settings=CLOSED_DOORS,
         )
         self._children.wait_for_port(superlink, self._port)
         self._start(
@@ -164,8 +178,8 @@ class _Site:
         directory.mkdir(mode=0o700)
         return directory
 
-    def _start(self, name: str, home: Path, *command: str) -> Child:
-        return self._children.start(name, command, home, self._run_dir / LOGS_DIR / f"{name}.log")
+    def _start(self, name: str, home: Path, *command: str, settings: Mapping[str, str] = NO_SETTINGS) -> Child:
+        return self._children.start(name, command, home, self._run_dir / LOGS_DIR / f"{name}.log", settings)
 
 
 def _deployed(run_dir: Path, traffic: dict[str, int]) -> Deployed:

@@ -7,7 +7,6 @@ on the machine or the network can run anything in its SuperLink or its Ray.
 """
 
 import logging
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from fedkd_flwr.experiment import Experiment
 from fedkd_flwr.flower.cluster import cluster_address
 from fedkd_flwr.flower.commands import Commands, add_connection, check_app, run_config
 from fedkd_flwr.flower.private_ray import private_ray
-from fedkd_flwr.flower.private_superlink import can_tell_users_apart
+from fedkd_flwr.flower.private_superlink import CLOSED_DOORS, PRIVATE_SUPERLINK, can_tell_users_apart
 from fedkd_flwr.flower.processes import LOOPBACK, NO_SETTINGS, Children, free_ports
 from fedkd_flwr.measure.ledger import Listener
 
@@ -26,9 +25,6 @@ SHARED_MACHINE_NOTE = (
     "simulation, as you; where there are any, use --in-process"
 )
 _CONNECTION = "fedkd"
-_PRIVATE_SUPERLINK = (sys.executable, "-m", "fedkd_flwr.flower.private_superlink")
-# The SuperLink's older doors, which only some environments open, and which nobody guards.
-_CLOSED = {"FLWR_INTERNAL_GRPC_CONTROL_API": "0", "FLWR_INTERNAL_GRPC_FLEET_API": "0"}
 
 _log = logging.getLogger("fedkd")
 
@@ -75,11 +71,11 @@ def launch(
         home = Path(name)
         [port] = free_ports(1)
         superlink = (
-            *(_PRIVATE_SUPERLINK if private else ("flower-superlink",)),
+            *(PRIVATE_SUPERLINK if private else ("flower-superlink",)),
             *("--insecure", "--simulation", "--isolation", "subprocess"),
             *("--host", LOOPBACK, "--port", str(port), "--disable-runtime-dependency-installation"),
         )
-        started = children.start("SuperLink", superlink, home, home / "superlink.log", {**_CLOSED, **settings})
+        started = children.start("SuperLink", superlink, home, home / "superlink.log", {**CLOSED_DOORS, **settings})
         children.wait_for_port(started, port)
         add_connection(home, _CONNECTION, f"{LOOPBACK}:{port}", None)
         flower = Commands(home, _CONNECTION)

@@ -17,6 +17,9 @@ import uvicorn
 
 from fedkd_flwr.flower.processes import LOOPBACK
 
+PRIVATE_SUPERLINK = (sys.executable, "-m", "fedkd_flwr.flower.private_superlink")
+# The SuperLink's older doors, which only some environments open, and which nobody guards.
+CLOSED_DOORS = {"FLWR_INTERNAL_GRPC_CONTROL_API": "0", "FLWR_INTERNAL_GRPC_FLEET_API": "0"}
 SOCKETS = Path("/proc/net/tcp")
 _FORBIDDEN = 403
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import uvicorn
 
-from fedkd_flwr.flower import launcher, private_ray, private_superlink
+from fedkd_flwr.flower import deployment, launcher, private_ray, private_superlink
 from fedkd_flwr.flower.commands import Commands
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.private_ray import MOST_DIRECTORY_BYTES
@@ -188,6 +188,30 @@ def test_where_users_can_not_be_told_apart_the_run_says_so_first(
     launch(tmp_path)
     assert started.command[0] == "flower-superlink"
     assert "--in-process" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_the_superlink_of_a_demo_serves_one_user_too_or_the_demo_says_so(
+    private: bool, started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(deployment, "can_tell_users_apart", lambda: private)
+    commands: list[tuple[str, ...]] = []
+    start = Children.start
+
+    def noted(*arguments: Any) -> Child:
+        child = start(*arguments)
+        commands.append(started.command)
+        if len(commands) == 1:
+            assert started.environment["FLWR_INTERNAL_GRPC_CONTROL_API"] == "0"
+        return child
+
+    monkeypatch.setattr(Children, "start", noted)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "logs").mkdir()
+    deployment._Site(tmp_path / "home", tmp_path, Children()).start_server()
+    assert ("fedkd_flwr.flower.private_superlink" in commands[0]) == private
+    assert ("flower-superlink" in commands[0]) != private
+    assert ("other users of this machine" in caplog.text) != private
 
 
 # Ray's directory
