@@ -1,5 +1,6 @@
 """When a run has what was wanted of it, and when it has stopped learning."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ class Tally:
         if self.num_skipped >= self.most_skipped:
             raise RunError(
                 f"{self.num_skipped} rounds in a row were skipped (server.max_skipped_rounds){self._because()}; when "
-                f"it is mended: fedkd resume {self.run_dir}; of a deployment: run config resume={self.run_dir.name!r}"
+                f"it is mended: fedkd resume {self._quoted()}; of a deployment: run config resume={self.run_dir.name!r}"
             )
 
     def require_learned(self, num_needed: int, stop: str) -> None:
@@ -85,11 +86,14 @@ class Tally:
         Raises:
             RunError: if no round has counted, or none is left after too many that were skipped.
         """
-        more = stop or f"no round is left: fedkd resume {self.run_dir} --force --set num_rounds=..."
+        more = stop or f"no round is left: fedkd resume {self._quoted()} --force --set num_rounds=..."
         if self.num_good == 0:
             raise RunError(f"no round had {num_needed} good replies{self._because()}; {more}")
         if self._before >= self.most_skipped and not stop:
             raise RunError(f"the last {self._before} rounds were skipped{self._because()}; {more}")
+
+    def _quoted(self) -> str:
+        return shlex.quote(str(self.run_dir))  # as a shell takes it
 
     def _because(self) -> str:
         return f"; first reason: {self.reason}" if self.reason else ""

@@ -11,6 +11,7 @@ from flwr.app import Context, Message
 
 import client_app
 from fedkd_flwr.algorithms.base import MeanUpdateServer
+from fedkd_flwr.flower.early_stop import Tally
 from fedkd_flwr.flower.errors import RunError
 from fedkd_flwr.flower.exchange import Exchange
 from fedkd_flwr.flower.runtime import runtime_of
@@ -57,6 +58,15 @@ def test_five_skipped_rounds_in_a_row_end_the_run_with_the_first_reason_and_how_
     World(world.run_dir, world.experiment).run(resume=True)
     assert status(world) == "completed"
     assert [row["round"] for row in world.rows("round")] == list(range(10))
+
+
+def test_the_command_that_resumes_a_run_is_quoted_for_a_shell() -> None:
+    tally = Tally(1, Path("/my results/run"))
+    tally.take(skipped=True, reason="")
+    with pytest.raises(RunError, match="fedkd resume '/my results/run';"):
+        tally.require_learning()
+    with pytest.raises(RunError, match="fedkd resume '/my results/run' --force"):
+        tally.require_learned(2, "")
 
 
 def test_a_resumed_run_counts_its_skipped_rounds_anew(make: Make) -> None:
