@@ -78,12 +78,18 @@ def size_on_disk(directories: Iterable[Path]) -> int:
     return sum(sizes.values())
 
 
-def trainings(state_dir: Path) -> list[Training]:
-    """Trainings below a state directory, the one used longest ago first. What else lies there is left alone."""
+def trainings(state_dir: Path, without: str = "") -> list[Training]:
+    """Trainings below a state directory, the one used longest ago first. What else lies there is left alone.
+
+    Args:
+        state_dir: root of all trainings.
+        without: a training that is not looked at: one of hundreds of clients takes a while.
+    """
     found = []
     with suppress(OSError):
         for directory in state_dir.iterdir():
-            if re.fullmatch(NAME_PATTERN, directory.name) and (used := _last_used(directory)) is not None:
+            looked_at = directory.name != without and re.fullmatch(NAME_PATTERN, directory.name)
+            if looked_at and (used := _last_used(directory)) is not None:
                 found.append(Training(directory, used))
     return sorted(found, key=lambda training: training.used)
 
@@ -171,9 +177,9 @@ def forget_old(state_dir: Path, retention: Retention, keep: str) -> None:
         shutil.rmtree(remains, ignore_errors=True)
     if not retention.max_age_days:
         return
-    for training in trainings(state_dir):
+    for training in trainings(state_dir, without=keep):
         age = (time.time() - training.used) / SECONDS_PER_DAY
-        if training.directory.name != keep and age > retention.max_age_days and delete_training(training.directory):
+        if age > retention.max_age_days and delete_training(training.directory):
             _log.warning(
                 "state of training %s deleted: not used for %.1f days, state-max-age-days is %g",
                 training.directory.name,

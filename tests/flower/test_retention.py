@@ -13,6 +13,7 @@ from threading import Thread
 import numpy as np
 import pytest
 
+from fedkd_flwr.flower import retention
 from fedkd_flwr.flower.errors import StateError
 from fedkd_flwr.flower.retention import LOCK_FILE, Retention, delete_training, hold, size_on_disk, trainings
 from fedkd_flwr.flower.store import PREVIOUS_FILE, STATE_FILE, ClientStore
@@ -69,6 +70,18 @@ def test_half_a_year_is_the_limit_unless_told_otherwise_and_0_is_none(tmp_path: 
 def test_the_training_that_goes_on_stays_whatever_its_age(tmp_path: Path) -> None:
     keep(tmp_path, "running", days=400.0)
     assert ClientStore(tmp_path, "running", "a", Retention(max_age_days=1)).load() is not None
+
+
+def test_a_message_of_one_client_does_not_look_at_all_the_others_of_its_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(tmp_path, "other", days=1.0)
+    keep(tmp_path, "running")
+    looked_at: list[str] = []
+    look = retention._last_used
+    monkeypatch.setattr(retention, "_last_used", lambda path: looked_at.append(path.name) or look(path))
+    ClientStore(tmp_path, "running", "a")
+    assert looked_at == ["other"]
 
 
 def test_a_training_in_the_hands_of_a_process_is_never_deleted(tmp_path: Path) -> None:
