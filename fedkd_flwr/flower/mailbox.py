@@ -8,13 +8,14 @@ one node's three bytes would cost the replies of all. It also tells whose a repl
 """
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Literal
 
 import httpx
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedkd_flwr.flower.carriage import carried_bytes
@@ -89,6 +90,7 @@ class Mailbox:
         self._ledger = ledger
         self._most_unfolded_bytes = most_unfolded_bytes
         self._unanswered: dict[str, Unanswered] = {}  # by message id
+        self._stalled: set[int] = set()  # nodes that have announced what they did not upload
 
     def busy_nodes(self) -> set[int]:
         """Nodes that still have a message of an earlier batch."""
@@ -154,19 +156,23 @@ class Mailbox:
         return Post(tuple(replies), tuple(unsent), tuple(asked.node_id for asked in sent.values()))
 
     def _poll(
-        self, grid: Grid, asked: Iterable[str], timeout_seconds: float, grace: Grace | None
+        self, grid: Grid, asked: Mapping[str, Unanswered], timeout_seconds: float, grace: Grace | None
     ) -> Iterator[tuple[str, _Received]]:
         """Yield each reply as it comes, with the id of the message that it answers.
 
         Ends when all are there, or the time, or the grace, is over.
-        Polls often at first and after each reply, then less and less, and the less the longer it takes.
+        Polls often at first and after each reply, then less and less, and the less the longer it takes. Whoever has
+        stalled before is polled when all others have answered, or the time is over: waiting for its upload is waiting
+        with everybody's replies.
         """
         deadline = monotonic() + timeout_seconds
         pause = _FIRST_PAUSE_SECONDS
         waiting = list(asked)
         while waiting:
-            in_vain, silent = 0.0, []
-            for message_id in waiting:
+            last = [message_id for message_id in waiting if asked[message_id].node_id in self._stalled]
+            deferred = last if len(last) < len(waiting) and monotonic() < deadline else []
+            in_vain, silent, prompt = 0.0, [], [message_id for message_id in waiting if message_id not in deferred]
+            for message_id in prompt:
                 began = monotonic()
                 ends = deadline if grace is None else min(deadline, grace.ends())
                 if (received := self._pull(grid, message_id, ends - began)) is not None:
@@ -178,11 +184,14 @@ class Mailbox:
                     in_vain += monotonic() - began
             if grace is not None:
                 deadline = min(deadline, grace.ends())
-            if not silent or monotonic() >= deadline:
-                return
-            pause = _FIRST_PAUSE_SECONDS if len(silent) < len(waiting) else min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
-            waiting = silent
-            sleep(max(0.0, min(max(pause, _PAUSE_RATIO * in_vain), deadline - monotonic())))
+            waiting = silent + deferred
+            if monotonic() >= deadline:
+                if not deferred:
+                    return
+                waiting = deferred
+            elif silent:
+                pause = _FIRST_PAUSE_SECONDS if len(silent) < len(prompt) else min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
+                sleep(max(0.0, min(max(pause, _PAUSE_RATIO * in_vain), deadline - monotonic())))
 
     def _pull(self, grid: Grid, message_id: str, seconds: float) -> _Received | None:
         """The reply to a message if it is there; where it can't be read, a message with the reason in its place.
@@ -217,6 +226,11 @@ class Mailbox:
         self._book(asked, "downlink", traffic_of(message, "downlink"), carried_bytes(message.content))
 
     def _book_reply(self, received: _Received, asked: Unanswered) -> None:
+        message = received.message
+        if message.has_error() and message.error.code == ErrorCode.MESSAGE_UNAVAILABLE:
+            self._stalled.add(asked.node_id)
+        else:
+            self._stalled.discard(asked.node_id)
         self._book(asked, "uplink", received.traffic, received.payload_bytes)
 
     def _book(

@@ -17,6 +17,7 @@ from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 
 from fedkd_flwr.flower import mailbox as mailbox_module
 from fedkd_flwr.flower.errors import MessageError
+from fedkd_flwr.flower.grace import Grace
 from fedkd_flwr.flower.inflation import inflation_limited
 from fedkd_flwr.flower.local_grid import task_identity
 from fedkd_flwr.flower.mailbox import Mailbox, Post
@@ -184,6 +185,19 @@ def test_a_node_that_announces_and_never_uploads_holds_up_the_others_no_longer_t
     for _, message in never:
         with pytest.raises(MessageError, match="unavailable"):
             content_of(message)
+
+
+def test_a_node_that_has_stalled_once_is_polled_last_so_that_the_grace_of_the_others_begins(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailbox_module, "_UPLOAD_SECONDS", 0.2)
+    grid, mailbox = UploadGrid([answered(lambda: reply().to_records(), announced), HONEST]), Mailbox(ledger)
+    mailbox.exchange(grid, asked(grid), {}, "train", 1, 0.0)
+    began = time.monotonic()
+    post = mailbox.exchange(grid, asked(grid), {}, "train", 2, 60.0, Grace(1, 0.0, is_good))
+    assert time.monotonic() - began < 10
+    assert [message.has_error() for _, message in post.replies] == [False, True]
+    assert is_good(post.replies[0][1])
 
 
 def test_an_upload_that_began_in_time_may_end_a_little_later(ledger: Ledger) -> None:
