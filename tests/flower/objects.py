@@ -94,8 +94,7 @@ class UploadGrid(ObjectGrid):
 
     def __init__(self, answers: Iterable[Answer]) -> None:
         super().__init__(answers)
-        self._http: Any = HttpGrid(insecure=True, token="unused")
-        self._http._client, self._http._run = self, Run.create_empty(1)
+        self._http = _http_grid(self)
         self._uploaded: dict[str, bytes] = {}
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
@@ -119,6 +118,13 @@ class UploadGrid(ObjectGrid):
 
     def ConfirmMessageReceived(self, request: object) -> None:
         """It may be forgotten."""
+
+
+def _http_grid(client: Any) -> HttpGrid:
+    """Flower's grid, connected to a client that is given."""
+    grid = HttpGrid(insecure=True, token="unused")
+    grid._client, grid._run = client, Run.create_empty(1)
+    return grid
 
 
 def _unused(message: Message, context: Context) -> Message:
