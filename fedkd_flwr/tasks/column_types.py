@@ -190,7 +190,7 @@ class Schemas:
         try:
             return table_cast(complete, features.arrow_schema)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, TypeError, ValueError) as error:
-            raise DataFileError(f"{_culprit(complete, features)} can't be read as the others ({error})") from error
+            raise DataFileError(f"{culprit(complete, features)} can't be read as the others ({error})") from error
 
 
 _ALIKE = "files of one split must have the same columns"
@@ -205,7 +205,8 @@ def stored_plainly(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column if plain == column.type else column.cast(plain)
 
 
-def _culprit(table: pa.Table, features: Features) -> str:
+def culprit(table: pa.Table, features: Features) -> str:
+    """The first column whose values can't be of the type asked for, as an error names it."""
     for name, feature in features.items():
         try:
             table_cast(table.select([name]), Features({name: feature}).arrow_schema)

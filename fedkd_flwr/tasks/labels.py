@@ -187,8 +187,8 @@ def _present(values: Sequence[Label | None], column: str, table: "Dataset") -> t
     through = {*numbers.values()} == set(range(len(names)))
     said = f"{len(names)} distinct numbers up to {last}"
     _require_classes(len(names), len(values), said, column, quantities=not through)
-    gaps = not through and all(isinstance(number, int) for number in numbers.values())
-    missing = gaps and int(last) - int(first) >= len(names)
+    whole = [number for name in sorted_names if isinstance(number := numbers[name], int)]
+    missing = not through and len(whole) == len(names) and whole[-1] - whole[0] >= len(names)
     note = f"{column!r} has {len(names)} distinct numbers from {first} to {last}, each a class of its own; set "
     return tuple(sorted_names), (f"{note}task.label_names if there are more classes",) if missing else ()
 

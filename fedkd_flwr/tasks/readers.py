@@ -24,7 +24,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.table import table_cast
 
 from fedkd_flwr.tasks.cells import Kind
-from fedkd_flwr.tasks.column_types import FileSchema, Schemas, plain_schema, stored_plainly
+from fedkd_flwr.tasks.column_types import FileSchema, Schemas, culprit, plain_schema, stored_plainly
 from fedkd_flwr.tasks.delimited import Survey, named, survey, tables
 from fedkd_flwr.tasks.source import DataFileError, Reading
 from fedkd_flwr.tasks.split_names import files_by_split
@@ -161,7 +161,10 @@ class DelimitedTables(datasets.ArrowBasedBuilder):  # type: ignore[misc]
         if self.info.features is None:
             self.info.features = datasets.Features.from_arrow_schema(schemas.agreed_kinds(_kinds_of(found)))
         return [
-            datasets.SplitGenerator(name=split, gen_kwargs={"surveys": of_split}) for split, of_split in found.items()
+            datasets.SplitGenerator(
+                name=split, gen_kwargs={"names": [name for name, _ in files[split]], "surveys": of_split}
+            )
+            for split, of_split in found.items()
         ]
 
     def _survey(self, name: str, path: str) -> Survey:
@@ -170,12 +173,21 @@ class DelimitedTables(datasets.ArrowBasedBuilder):  # type: ignore[misc]
         with _naming(name):
             return survey(path, delimiter=delimiter, names=self.config.names)
 
-    def _generate_tables(self, surveys: Sequence[Survey]) -> Iterator[tuple[Key, pa.Table]]:
-        schema = self.info.features.arrow_schema
-        for place, found in enumerate(surveys):
-            kinds = [_kind_of_type(schema, name) for name in found.names]
-            for batch, table in enumerate(tables(found, kinds)):
-                yield Key(place, batch), table_cast(_completed(table, schema), schema)
+    def _generate_tables(self, names: Sequence[str], surveys: Sequence[Survey]) -> Iterator[tuple[Key, pa.Table]]:
+        features = self.info.features
+        schema = features.arrow_schema
+        for place, (file, found) in enumerate(zip(names, surveys, strict=True)):
+            kinds = [_kind_of_feature(features.get(name)) for name in found.names]
+            with _naming(file):
+                for batch, table in enumerate(tables(found, kinds)):
+                    complete = _completed(table, schema)
+                    try:
+                        yield Key(place, batch), table_cast(complete, schema)
+                    except (ValueError, pa.ArrowNotImplementedError, TypeError) as error:
+                        name = culprit(complete, features)
+                        raise ValueError(
+                            f"has a value in {name} that is not as the data card says ({error})"
+                        ) from error
 
 
 def _kinds_of(found: Mapping[str, Sequence[Survey]]) -> dict[str, Kind]:
@@ -188,10 +200,15 @@ def _kinds_of(found: Mapping[str, Sequence[Survey]]) -> dict[str, Kind]:
     return kinds
 
 
-def _kind_of_type(schema: pa.Schema, name: str) -> Kind:
-    """What cells are made of a column; of types that a data set declares itself the library makes what is asked for."""
-    kinds = {pa.bool_(): Kind.TRUTH, pa.int64(): Kind.INTEGER, pa.float64(): Kind.NUMBER}
-    return kinds.get(schema.field(name).type, Kind.TEXT) if name in schema.names else Kind.TEXT
+def _kind_of_feature(feature: Any) -> Kind:
+    """What cells are made of a column; of types that a data set declares itself the library makes what is asked for.
+
+    Cells of a ClassLabel stay texts: they may be names, and a number may be one.
+    """
+    if feature is None or isinstance(feature, datasets.ClassLabel):
+        return Kind.TEXT
+    kinds = {"bool": Kind.TRUTH, "int64": Kind.INTEGER, "float64": Kind.NUMBER}
+    return kinds.get(str(getattr(feature, "dtype", None)), Kind.TEXT)
 
 
 def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -159,3 +160,11 @@ def test_what_becomes_of_each_head_is_said_in_one_line(tmp_path: Path) -> None:
     (taken,) = said(named, "0", "1", "2")
     assert taken.endswith("the checkpoint's are taken by place (negative, neutral, positive)")
     assert said(tmp_path / "none", *NAMES) == ()
+
+
+def test_a_head_for_several_labels_at_once_becomes_one_for_a_single_label(tmp_path: Path) -> None:
+    """A pipeline takes from the configuration how logits are read."""
+    source = checkpoint(tmp_path, SEQUENCES, "bert", TEXT, NAMES)
+    written = json.loads((source / "config.json").read_text()) | {"problem_type": "multi_label_classification"}
+    (source / "config.json").write_text(json.dumps(written))
+    assert load(SEQUENCES, source, NAMES).config.problem_type == "single_label_classification"

@@ -195,6 +195,12 @@ def test_a_label_is_called_as_it_is_written_and_read_by_that_name(rows: list[Any
     assert read(rows, rows, names[::-1])[1] == read(called, called, names[::-1])[1] == backwards
 
 
+def test_whole_numbers_written_with_an_exponent_are_classes_by_their_value() -> None:
+    labels = labels_of(["1e3", "-2", "5", "1e3"], ["1000"])
+    assert (labels.names, labels.train.tolist(), labels.test.tolist()) == (("-2", "5", "1e3"), [2, 0, 1, 2], [2])
+    assert labels.notes[0].startswith("'label' has 3 distinct numbers from -2 to 1e3, ")
+
+
 @pytest.mark.parametrize("name", ["1", "01", "1.0", "+1", "1e0"])
 def test_a_number_is_the_class_whose_name_has_its_value(name: str) -> None:
     for value in (1, 1.0, Decimal(1), "1", "1.00"):

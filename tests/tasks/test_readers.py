@@ -368,3 +368,43 @@ def test_what_an_older_copy_was_is_not_what_a_data_set_says_of_itself(tmp_path: 
     older = datasets.load_dataset(str(tmp_path), split="train")
     assert older["label"][:] == [None, 1.0]
     assert loaded(tmp_path)[0]["label"][:] == ["NA", "1"]
+
+
+CARD = """---
+dataset_info:
+  features:
+  - name: text
+    dtype: string
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': neg
+          '1': pos
+---
+"""
+
+
+@pytest.mark.parametrize("cells", [("pos", "neg", ""), ("1", "0", "-1")])
+def test_classes_that_a_data_card_declares_may_be_written_by_name_or_by_number(
+    cells: tuple[str, str, str], tmp_path: Path
+) -> None:
+    text = "text,label\n" + "".join(f"{name},{cell}\n" for name, cell in zip("abc", cells, strict=True))
+    put(tmp_path, {"train.csv": text, "test.csv": text, "README.md": CARD})
+    for table in loaded(tmp_path):
+        assert table.features["label"].names == ["neg", "pos"]
+        assert [None if label == -1 else label for label in table["label"][:]] == [1, 0, None]
+
+
+def test_a_name_that_is_a_number_stays_a_name_where_a_data_card_declares_it(tmp_path: Path) -> None:
+    card = CARD.replace("neg", "'1'").replace("pos", "'0'")
+    put(tmp_path, {"train.csv": "text,label\na,1\nb,0\n", "test.csv": PLAIN, "README.md": card})
+    train, _ = loaded(tmp_path)
+    assert [train.features["label"].int2str(label) for label in train["label"][:]] == ["1", "0"]
+
+
+def test_what_a_data_card_does_not_declare_is_refused_by_file_and_column(tmp_path: Path) -> None:
+    put(tmp_path, {"train.csv": "text,label\na,pos\n", "test.csv": "text,label\na,odd\n", "README.md": CARD})
+    said = refusal(tmp_path)
+    assert said.startswith("file 'test.csv' has a value in column 'label' that is not as the data card says (")
+    assert "odd" in said
