@@ -334,15 +334,31 @@ class ArrowTables(Arrow):  # type: ignore[misc]
 
 
 class ImageFolders(ImageFolder):  # type: ignore[misc]
-    """Folders of images whose metadata.csv is read as every CSV is."""
+    """Folders of images whose metadata.csv are read as every CSV is, their columns of one type in all of them."""
+
+    def _split_generators(self, dl_manager: Any) -> list[Any]:
+        self._kinds: dict[str, Kind] = {}
+        self._surveys: dict[str, Survey] = {}
+        files = [file for of_split in self.config.data_files.values() for file in of_split]
+        for file in (file for file in files if os.path.basename(str(file)) == "metadata.csv"):
+            self._surveyed(str(dl_manager.download(file)), str(file))
+        return list(super()._split_generators(dl_manager))
+
+    def _surveyed(self, local: str, file: str) -> Survey:
+        """What a file holds, once its columns are counted among those of all."""
+        if local not in self._surveys:
+            with _naming(named(file, self.base_path)):
+                found = self._surveys[local] = survey(local, delimiter=",")
+            for name, kind in zip(found.names, found.kinds, strict=True):
+                self._kinds[name] = self._kinds.get(name, Kind.EMPTY) | kind
+        return self._surveys[local]
 
     def _read_metadata(self, metadata_file: str, metadata_ext: str = "") -> Iterable[pa.Table]:
         if metadata_ext != ".csv":
             yield from super()._read_metadata(metadata_file, metadata_ext=metadata_ext)
             return
-        with _naming(named(metadata_file, self.base_path)):
-            found = survey(metadata_file, delimiter=",")
-        yield from tables(found, found.kinds)
+        found = self._surveyed(metadata_file, metadata_file)  # one within an archive is not known before
+        yield from tables(found, [self._kinds[name] for name in found.names])
 
 
 _BUILDERS: dict[Any, Any] = {

@@ -123,6 +123,64 @@ def test_a_text_classifier_says_the_same_in_every_order(tmp_path: Path) -> None:
     require_alike(found, scores)
 
 
+Orders = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...] | None]
+
+
+def class_of(pieces: Sequence[int]) -> str:
+    """The class of a text, which is a word in it."""
+    return next(name for name in NAMES if len(SPECIAL) + PIECES.index(name) in pieces)
+
+
+def require_same_predictions(heads: Sequence[Sequence[str]], combined: Sequence[Orders], folder: Path) -> None:
+    """A row is learned, weighed and predicted as the same class.
+
+    Args:
+        heads: orders of one checkpoint's head.
+        combined: orders of the training split, the test split and the names that are given; of each a task is made.
+        folder: for files.
+    """
+    vocab_size = len(SPECIAL) + len(PIECES)
+    model = drawn(BertForSequenceClassification, BertConfig(vocab_size=vocab_size, num_labels=3, **SIZES))
+    sources = [shuffled(model, model.classifier, NAMES, order, folder / f"m{n}") for n, order in enumerate(heads)]
+    write_tokenizer(Path(sources[0]))
+    others = [{"clients": [client], "model": {"source": source}} for client, source in enumerate(sources[1:])]
+    models = {"teacher": {"source": sources[0]}, "other_teachers": others, "tokenizer": sources[0]}
+    found, scores = [], []
+    for of_train, of_test, names in combined:
+        data = folder / "-".join(order[0] + order[1] for order in (of_train, of_test))
+        if not data.exists():
+            # Of some classes more rows than of others, so that a class in another's place is noticed.
+            for split, order, part in (("train", of_train, slice(4, None)), ("test", of_test, slice(0, 7))):
+                write_table(data / f"{split}.parquet", rows_of(TEXTS[part], TRUE[part], order), features_of(order))
+        order = names or of_train
+        weights = [float(1 + NAMES.index(name)) for name in order]
+        chosen = {"data": str(data), "label_names": names, "max_length": 16, "positive_label": "drug"}
+        task = TextClassificationOptions.model_validate(chosen | {"class_weights": weights} | models).build(6, 0)
+        built = task.build_models(0)
+        for teacher in (built.teacher, *built.other_teachers):
+            found.append(said(task, teacher, order, NAMES))
+            scores.append(score_of(task, teacher, task.test_data()))
+        for examples in (task.client_data(0).train, task.test_data()):
+            batch = next(iter(examples.batches(7)))
+            assert [order[place] for place in batch["labels"]] == list(map(class_of, batch["input_ids"].tolist()))
+            outputs = task.forward(built.teacher, batch, hidden_states=False, attentions=False)
+            assert outputs.class_weights is not None
+            assert outputs.class_weights.tolist() == weights
+    require_alike(found, scores)
+
+
+def test_predictions_are_the_same_in_orders_of_every_kind(tmp_path: Path) -> None:
+    """Each order of each file and of the names at least once, with three orders of the checkpoint."""
+    every: list[tuple[str, ...] | None] = [None, *ORDERS]
+    combined = [(ORDERS[n % 6], ORDERS[(5 * n + 2) % 6], names) for n, names in enumerate(every)]
+    require_same_predictions(ORDERS[::2], combined, tmp_path)
+
+
+@pytest.mark.nightly
+def test_predictions_are_the_same_in_the_product_of_all_orders(tmp_path: Path) -> None:
+    require_same_predictions(ORDERS, list(product(ORDERS, ORDERS, (None, *ORDERS))), tmp_path)
+
+
 def test_tags_of_words_are_the_same_in_every_order(tmp_path: Path) -> None:
     vocab_size = len(SPECIAL) + len(PIECES)
     model = drawn(BertForTokenClassification, BertConfig(vocab_size=vocab_size, num_labels=3, **SIZES))

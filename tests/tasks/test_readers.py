@@ -324,6 +324,15 @@ def test_metadata_of_a_folder_of_images_is_read_as_every_csv(tmp_path: Path) -> 
         assert table.remove_columns("image")[:] == {"label": ["NA", None, "None"], "site": ["007", "008", "007"]}
 
 
+def test_a_column_of_metadata_has_one_type_in_all_splits_and_files(tmp_path: Path) -> None:
+    image = io.BytesIO()
+    Image.new("L", (4, 4)).save(image, "PNG")
+    for folder, label in (("train/a", "7"), ("train/b", "10"), ("test", "NA")):
+        put(tmp_path / folder, {"0.png": image.getvalue(), "metadata.csv": f"file_name,label\n0.png,{label}\n"})
+    train, test = loaded(tmp_path)
+    assert (sorted(train["label"][:]), test["label"][:]) == (["10", "7"], ["NA"])
+
+
 def test_rows_are_named_by_their_file_in_slices_too(tmp_path: Path) -> None:
     put(tmp_path, {"train-1.csv": PLAIN, "train-2.csv": "text,label\nc,\nd,1\n", "test.csv": PLAIN})
     for split, row in (("train", 2), ("train[1:]", 1), ("train[2:]", 0)):
