@@ -182,15 +182,27 @@ class Schemas:
             features: of all files.
 
         Raises:
-            DataFileError: naming a column with a value that can't be cast.
+            ValueError: see `cast_to`.
         """
         have = table.column_names
         columns = [stored_plainly(table[name]) if name in have else pa.nulls(len(table)) for name in features]
-        complete = pa.Table.from_arrays(columns, names=list(features))
-        try:
-            return table_cast(complete, features.arrow_schema)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, TypeError, ValueError) as error:
-            raise DataFileError(f"{culprit(complete, features)} can't be read as the others ({error})") from error
+        return cast_to(pa.Table.from_arrays(columns, names=list(features)), features)
+
+
+def cast_to(table: pa.Table, features: Features) -> pa.Table:
+    """Some rows of a file with the types that are asked for.
+
+    Args:
+        table: the rows.
+        features: of the same columns.
+
+    Raises:
+        ValueError: naming a column with a value that can't be of its type, but not the file.
+    """
+    try:
+        return table_cast(table, features.arrow_schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(f"{_culprit(table, features)} ({error})") from error
 
 
 _ALIKE = "files of one split must have the same columns"
@@ -205,14 +217,13 @@ def stored_plainly(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column if plain == column.type else column.cast(plain)
 
 
-def culprit(table: pa.Table, features: Features) -> str:
-    """The first column whose values can't be of the type asked for, as an error names it."""
+def _culprit(table: pa.Table, features: Features) -> str:
     for name, feature in features.items():
         try:
             table_cast(table.select([name]), Features({name: feature}).arrow_schema)
         except Exception:  # whatever the type raises
-            return f"column {name!r}"
-    return "a column"
+            return f"has a value in column {name!r} that is none of {_named_type(feature)}"
+    return "has a value that can't be read"
 
 
 def _together(name: str, known: Any, first: FileSchema, new: Any, one: FileSchema) -> Any:

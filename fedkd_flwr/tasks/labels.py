@@ -101,7 +101,10 @@ def read_labels(
     chosen = tuple(names) if names is not None else own[0] or (own[1] if _all_whole(values[0]) else None)
     found, notes = (chosen, ()) if chosen is not None else _present(values[0], column, train)
     if len(found) < 2:
-        raise ValueError(f"{_KEY}: {column!r} has one class only; name another column")
+        sliced = f"{str(train.split)!r} is a slice: shuffle rows that are sorted by class first, or "
+        raise ValueError(
+            f"{_KEY}: {column!r} has one class only; {sliced if '[' in str(train.split) else ''}name another column"
+        )
     classes = Classes(found)
     reader = _Reader(classes, column, given=names is not None, places=renamed)
     rows = [reader.places(of_split, str(table.split)) for of_split, table in zip(values, (train, test), strict=True)]

@@ -21,10 +21,9 @@ from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
-from datasets.table import table_cast
 
 from fedkd_flwr.tasks.cells import Kind
-from fedkd_flwr.tasks.column_types import FileSchema, Schemas, culprit, plain_schema, stored_plainly
+from fedkd_flwr.tasks.column_types import FileSchema, Schemas, cast_to, plain_schema, stored_plainly
 from fedkd_flwr.tasks.delimited import Survey, named, survey, tables
 from fedkd_flwr.tasks.source import DataFileError, Reading
 from fedkd_flwr.tasks.split_names import files_by_split
@@ -180,14 +179,7 @@ class DelimitedTables(datasets.ArrowBasedBuilder):  # type: ignore[misc]
             kinds = [_kind_of_feature(features.get(name)) for name in found.names]
             with _naming(file):
                 for batch, table in enumerate(tables(found, kinds)):
-                    complete = _completed(table, schema)
-                    try:
-                        yield Key(place, batch), table_cast(complete, schema)
-                    except (ValueError, pa.ArrowNotImplementedError, TypeError) as error:
-                        name = culprit(complete, features)
-                        raise ValueError(
-                            f"has a value in {name} that is not as the data card says ({error})"
-                        ) from error
+                    yield Key(place, batch), cast_to(_completed(table, schema), features)
 
 
 def _kinds_of(found: Mapping[str, Sequence[Survey]]) -> dict[str, Kind]:
@@ -252,6 +244,12 @@ class ParquetTables(Parquet):  # type: ignore[misc]
         self.info.description = Reading(rows, self._schemas.columns(), [], classes).text()
         return list(super()._split_generators(dl_manager))
 
+    def _generate_tables(self, files: Sequence[Any], row_groups_list: Sequence[Any]) -> Iterator[tuple[Key, pa.Table]]:
+        for place, (file, groups) in enumerate(zip(files, row_groups_list, strict=True)):
+            with _naming(named(str(file), self.base_path)):
+                for batch, (_, table) in enumerate(super()._generate_tables([file], [groups])):
+                    yield Key(place, batch), table
+
     def _cast_table(self, table: pa.Table) -> pa.Table:
         return self._schemas.cast(table, self.info.features)
 
@@ -272,6 +270,13 @@ class JsonTables(Json):  # type: ignore[misc]
             self.info.features, self._surveying = self._schemas.agreed(same_columns=False), False
             self.info.description = Reading(rows, self._schemas.columns(), []).text()
         return splits
+
+    def _generate_tables(self, **files: Any) -> Iterator[tuple[Key, pa.Table]]:
+        for place, (original, base, unpacked) in enumerate(zip(*(files[key] for key in _FILES_OF_JSON), strict=True)):
+            one = dict(zip(_FILES_OF_JSON, ([original], [base], [unpacked]), strict=True))
+            with _naming(named(str(original), self.base_path)):
+                for batch, (_, table) in enumerate(super()._generate_tables(**one)):
+                    yield Key(place, batch), table
 
     def _survey(self, split: str, files: Mapping[str, Any]) -> list[tuple[str, int]]:
         """Add what types a split's files have; the number of rows of each."""

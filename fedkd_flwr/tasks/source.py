@@ -125,6 +125,7 @@ class DataSource(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
             path, files = os.path.split(path)  # type: ignore[assignment]
         datasets.disable_progress_bars()
         logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README need not be a data card
+        logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what they log is raised, too
         try:
             return readers.load(path, self.config, revision=self.revision, split=split, data_files=files, names=names)
         except Exception as error:  # the library's own, and those of the network, the disk and every file format

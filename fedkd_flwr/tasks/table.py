@@ -149,6 +149,7 @@ class ClientRows:
 
     Attributes:
         train: rows of the training split that each client has, before some are held out.
+        notes: what is odd about who has which, one line each.
 
     Raises:
         ValueError: if the rows can't be divided so.
@@ -171,6 +172,7 @@ class ClientRows:
         self._elsewhere = isinstance(partition, OwnPartition)
         self._divided = not isinstance(partition, OwnPartition | WholePartition)
         self._groups: list[Any] | None = None
+        self.notes: tuple[str, ...] = ()
         drawn = derive_seed(seed, "partition")
         if isinstance(partition, OwnPartition):
             self.train = self._test = [_NO_ROWS] * num_clients
@@ -189,6 +191,11 @@ class ClientRows:
             )
             self.train, self._test = _taken(usable[0], rows), _taken(usable[1], test_rows)
             self._groups = of_train if partition.grouped else None
+            if nobodys := len(theirs) - sum(map(len, test_rows)):
+                self.notes = (
+                    f"split {self._splits[1]!r}: {nobodys} of {len(theirs)} rows {verb(nobodys, 'have')} a value of "
+                    f"{partition.column!r} that no training row has, so no client scores on them, the server does",
+                )
         else:
             of_clients = partition_indices(labels[usable[0]].tolist(), partition, num_clients, drawn)
             self.train, self._test = _taken(usable[0], of_clients), [_NO_ROWS] * num_clients
@@ -265,7 +272,7 @@ class ClientRows:
         if not self._elsewhere:
             mine = np.concatenate(list({id(rows): rows for rows in self.train}.values()))
             of_classes = class_notes(labels, (mine, self._usable_test), self._splits, remedy)
-            notes = (*labels.notes, *notes, *of_classes, *client_notes(counts))
+            notes = (*labels.notes, *notes, *self.notes, *of_classes, *client_notes(counts))
         return DataReport(labels.names, counts, tuple(notes), of_all=self._divided)
 
 

@@ -171,7 +171,7 @@ class TokenClassification(TextTask):
             of_splits = entities[np.concatenate(rows.train)].sum(axis=0), test_entities.sum(axis=0)
             notes.extend(lacking_notes(kinds, *of_splits, splits, "type"))
             notes.extend(repeated_notes(repeated[0], repeated[1], splits))
-        self._notes = (*notes, *near_equal_notes(kinds), *self._cut_off(usable), *client_notes(counts))
+        self._notes = (*notes, *rows.notes, *near_equal_notes(kinds), *self._cut_off(usable), *client_notes(counts))
 
     def common_answer(self) -> CommonAnswer | None:
         """That no word is part of an entity."""

@@ -163,8 +163,9 @@ class Transformers:
         model = load_transformer(options, self._head, labels, self._settings, key)
         if names and options.source is not None:
             fit_head(model, checkpoint_head(options.source, options.revision).classes, names, key)
-            if getattr(model.config, "problem_type", None) is not None:  # or a pipeline would not read logits as we do
-                model.config.problem_type = "single_label_classification"
+            config: Any = model.config
+            if getattr(config, "problem_type", None) is not None:  # or a pipeline would not read logits as we do
+                config.problem_type = "single_label_classification"
         return model
 
     def forward(self, model: nn.Module, batch: Batch, *, hidden_states: bool, attentions: bool) -> Outputs:

@@ -130,6 +130,8 @@ def test_labels_that_are_neither_numbers_nor_texts_are_refused(rows: list[Any]) 
 
 def test_one_class_alone_can_not_be_learned() -> None:
     assert refusal(["a", "a"], ["a"]) == "task.data.columns.label: 'label' has one class only; name another column"
+    with pytest.raises(ValueError, match=r"one class only; 'train\[:80%\]' is a slice: shuffle rows that are sorted"):
+        read_labels(table("train[:80%]", label=["a", "a"]), table("test", label=["b"]), "label", None)
 
 
 def test_two_classes_of_one_name_are_refused() -> None:

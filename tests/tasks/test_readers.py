@@ -412,8 +412,17 @@ def test_a_name_that_is_a_number_stays_a_name_where_a_data_card_declares_it(tmp_
     assert [train.features["label"].int2str(label) for label in train["label"][:]] == ["1", "0"]
 
 
-def test_what_a_data_card_does_not_declare_is_refused_by_file_and_column(tmp_path: Path) -> None:
-    put(tmp_path, {"train.csv": "text,label\na,pos\n", "test.csv": "text,label\na,odd\n", "README.md": CARD})
-    said = refusal(tmp_path)
-    assert said.startswith("file 'test.csv' has a value in column 'label' that is not as the data card says (")
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_what_a_data_card_does_not_declare_is_refused_by_file_and_column(
+    ending: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for split, label in (("train", "pos"), ("test", "odd")):
+        columns = {"text": ["a"], "label": [label]}
+        as_text = {"csv": f"text,label\na,{label}\n", "jsonl": f'{{"text": "a", "label": "{label}"}}\n'}
+        put(tmp_path, {f"{split}.{ending}": as_text.get(ending) or pa.table(columns)})
+    said = refusal(put(tmp_path, {"README.md": CARD}))
+    assert said.startswith(
+        f"file 'test.{ending}' has a value in column 'label' that is none of numbers of the classes neg, pos ("
+    )
     assert "odd" in said
+    assert not caplog.records
