@@ -191,7 +191,8 @@ class ClientRows:
             )
             self.train, self._test = _taken(usable[0], rows), _taken(usable[1], test_rows)
             self._groups = of_train if partition.grouped else None
-            if nobodys := len(theirs) - sum(map(len, test_rows)):
+            nobodys = len(theirs) - sum(map(len, test_rows))
+            if nobodys and not partition.grouped:  # documents of two splits are rightly others
                 self.notes = (
                     f"split {self._splits[1]!r}: {nobodys} of {len(theirs)} rows {verb(nobodys, 'have')} a value of "
                     f"{partition.column!r} that no training row has, so no client scores on them, the server does",

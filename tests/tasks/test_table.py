@@ -209,12 +209,15 @@ def test_a_client_needs_something_to_score_on() -> None:
 def test_test_rows_that_are_no_clients_are_counted() -> None:
     tables = table("train", writer=["01", "02", "01", "02"]), table("test", writer=["1", "02", "2"])
     usable = np.arange(4), np.arange(3)
-    rows = ClientRows(tables, usable, np.zeros(4, np.int64), NaturalPartition(column="writer"), 2, 0, 0.5)
-    labels = Labels(("a", "b"), np.array([0, 1, 0, 1]), np.array([0, 1, 0]))
-    assert (
+    said = (
         "split 'test': 2 of 3 rows have a value of 'writer' that no training row has, so no client scores on them, "
         "the server does"
-    ) in rows.report(labels, []).notes
+    )
+    labels = Labels(("a", "b"), np.array([0, 1, 0, 1]), np.array([0, 1, 0]))
+    for grouped in (False, True):
+        partition = NaturalPartition(column="writer", grouped=grouped)
+        rows = ClientRows(tables, usable, np.zeros(4, np.int64), partition, 2, 0, 0.5)
+        assert (said in rows.report(labels, []).notes) is not grouped
 
 
 def test_a_report_counts_the_labels_that_clients_learn_from_and_names_who_has_one_class() -> None:
