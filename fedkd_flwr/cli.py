@@ -13,7 +13,7 @@ from rich.live import Live
 
 import fedkd_flwr
 from fedkd_flwr.cli_deploy import deploy
-from fedkd_flwr.cli_places import first_lines, is_new, place_of_report, run_name, writable
+from fedkd_flwr.cli_places import PARTITION_FILE, first_lines, is_new, place_of_report, run_name, writable
 from fedkd_flwr.cli_state import state
 from fedkd_flwr.console import Terminal, escape_what_streams_lack, one_line
 from fedkd_flwr.core.protocols import DataElsewhereError
@@ -52,7 +52,6 @@ from fedkd_flwr.report.tensorboard import require_tensorboard, write_events
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-PARTITION_FILE = "partition.png"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -70,7 +69,11 @@ Configs = Annotated[list[Path], typer.Argument(help="YAML files of experiments")
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key.key=value, over what the YAML says")]
 InProcess = Annotated[bool, typer.Option("--in-process", help="without Ray, in this process: seconds, deterministic")]
 Baselines = Annotated[
-    bool, typer.Option("--baselines", help="also run what FedKD must beat: its student and its teacher without it")
+    bool,
+    typer.Option(
+        "--baselines",
+        help="also run what FedKD must beat: dense FedAvg of the teacher, the student alone, each teacher alone",
+    ),
 ]
 TensorBoard = Annotated[
     bool, typer.Option("--tensorboard", help="also write event files for TensorBoard; needs the package tensorboard")

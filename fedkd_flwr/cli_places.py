@@ -9,6 +9,8 @@ from fedkd_flwr.flower.runtime import Runtime
 from fedkd_flwr.report import comparison_dir
 from fedkd_flwr.report.writing import TABLE_FILE
 
+PARTITION_FILE = "partition.png"  # which `fedkd check` draws among an experiment's runs
+
 
 def first_lines(runtime: Runtime, run_dir: Path) -> list[str]:
     """What a user should know before a run begins: who takes part, what leaves them, how much, where it goes."""
@@ -26,7 +28,9 @@ def first_lines(runtime: Runtime, run_dir: Path) -> list[str]:
 
 
 def is_new(directory: Path, earlier: list[Path]) -> bool:
-    """Whether a directory is to be reported on: named for the first time, and not a comparison that lies among runs."""
+    """Whether a directory is to be reported on: named for the first time, and a run, not what lies among runs."""
+    if directory.name == PARTITION_FILE:
+        return False
     is_comparison = (directory / TABLE_FILE).is_file() and not (directory / CONFIG_FILE).exists()
     return not is_comparison and directory.resolve() not in {each.resolve() for each in earlier}
 

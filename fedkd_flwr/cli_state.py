@@ -42,8 +42,13 @@ def state(
         table.add_row(*_cells(kept), "deleted" if delete else "")
     (out if out.is_terminal else Terminal(width=120)).print(table)
     trainings = len({kept.training_id for kept in listed})
-    total = f"{len(listed)} states of {trainings} trainings, {num_bytes} bytes; what clients share is counted once"
+    total = f"{_counted(len(listed), 'state')} of {_counted(trainings, 'training')}, {num_bytes / 1e3:.0f} kB"
+    total += "; what clients share is counted once"
     out.print(total, highlight=False, markup=False, soft_wrap=True)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _cells(kept: Kept) -> tuple[str, ...]:

@@ -249,7 +249,8 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Experiment:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"config file {str(path)!r} does not exist; give the path of a YAML file") from None
+        remedy = "put --set before every change" if "=" in str(path) else "give the path of a YAML file"
+        raise ConfigError(f"config file {str(path)!r} does not exist; {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {str(path)!r} can't be read: {error}") from None
     return parse(text, overrides, source=str(path))

@@ -219,6 +219,13 @@ def test_report_of_several_runs_writes_beside_them_and_passes_over_earlier_compa
     assert f"page: {comparison / 'report.html'}" in capsys.readouterr().out
     assert not any((place / "table.md").exists() for place in places)
     assert fedkd("report", *map(str, places), str(comparison)) == 0
+    (places[0].parent / cli.PARTITION_FILE).touch()  # of `fedkd check`
+    assert fedkd("report", *map(str, places[0].parent.iterdir())) == 0
+
+
+def test_a_change_without_set_is_told_from_a_file(conf: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fedkd("compare", conf, "num_rounds=2") == 2
+    assert "'num_rounds=2' does not exist; put --set before every change" in capsys.readouterr().err
 
 
 def test_check_predicts_the_bytes_of_a_reply(

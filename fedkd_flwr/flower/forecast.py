@@ -17,6 +17,7 @@ from fedkd_flwr.core.arrays import FLOAT_BYTES, num_elements
 from fedkd_flwr.core.snapshot import snapshot_bytes
 from fedkd_flwr.experiment import Experiment
 from fedkd_flwr.flower.budget import check_accounting
+from fedkd_flwr.flower.carriage import MOST_INLINE_BYTES
 from fedkd_flwr.flower.local_grid import task_identity
 from fedkd_flwr.flower.records import EVALUATE, HELLO, TRAIN, Hello, HelloReply, Instruction, Reply
 from fedkd_flwr.flower.reference import snapshot_arrays
@@ -31,6 +32,7 @@ KILOBYTE = 1e3
 _FEWEST_CLIENTS = 3  # the mean of one update is as easy to encode as the update; that of several is what will travel
 _MOST_EXAMPLES = 7_000  # that are trained on before the first rounds are called known
 _DENSE_SHARE = 0.5  # of a dense copy: from here on a broadcast is called dense
+_STAND_IN_BYTES = MOST_INLINE_BYTES + 1  # the shortest payload that travels as an array
 _GROWS = 1.05  # times the payload of the round before: it has not come to rest
 _CLIENT_KEY = "00000"
 _SCORES = dict.fromkeys(("accuracy", "macro_f1", "loss"), 0.0)  # as many as a task has, about
@@ -176,11 +178,12 @@ def expected(runtime: Runtime) -> str:
     up, down = _most_bytes(runtime)
     tells = runtime.experiment.privacy is None or runtime.experiment.privacy.share_metrics
     scores = _SCORES if tells else {}
-    # One byte stands for each payload: of a large model, even zeros take long to make and to count.
-    one = None if runtime.wires is None else b"0"
-    reply = Reply(1, 1, 1, bytes(32), 1, 1, one, scores, scores, scores, {"train_loss": 0.0}, {"decode": 0.0})
+    reply = Reply(
+        *(1, 1, 1, bytes(32), 1, 1, _stand_in(runtime, up)),
+        *(scores, scores, scores, {"train_loss": 0.0}, {"decode": 0.0}),
+    )
     with task_identity():
-        client_bytes = _messages(runtime, [[reply]], [one]).with_payloads(up, down).of_client()
+        client_bytes = _messages(runtime, [[reply]], [_stand_in(runtime, down)]).with_payloads(up, down).of_client()
     words = "about" if exact else "at most about"
     more = "" if exact else "; fedkd check measures it on first rounds"
     total = in_megabytes(client_bytes * runtime.experiment.num_clients)
@@ -224,8 +227,8 @@ class _Messages:
         return mean(self._over_rounds([instruction.wire_bytes for instruction in self.instructions]))
 
     def with_payloads(self, up: int, down: int) -> "_Messages":
-        """The same with payloads of other lengths, where each of these had one byte, or none."""
-        more = up - bool(self.payloads[0]), down - bool(self.payloads[0])
+        """The same with payloads of other lengths, where each of these was a `_stand_in`, or there were none."""
+        more = [length - min(length, _STAND_IN_BYTES) for length in (up, down)]
         return replace(
             self,
             replies=[replace(reply, wire_bytes=reply.wire_bytes + more[0]) for reply in self.replies],
@@ -250,6 +253,11 @@ class _Messages:
     def _over_rounds(self, tried: Sequence[int]) -> list[int]:
         """A value for each round of the run: the last that was tried stands for those after it."""
         return [tried[min(number, len(tried) - 1)] for number in range(self.num_rounds)]
+
+
+def _stand_in(runtime: Runtime, length: int) -> bytes | None:
+    """A payload that travels as one of this length does: of a large model, even zeros take long to make and to count."""
+    return None if runtime.wires is None else bytes(min(length, _STAND_IN_BYTES))
 
 
 def _most_bytes(runtime: Runtime) -> tuple[int, int]:

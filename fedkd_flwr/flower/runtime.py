@@ -63,9 +63,11 @@ class Runtime:
         codec = f" through {self.experiment.compressor.name}" if algorithm.exchanges == "updates" else ""
         noise = ", clipped and with noise" if privacy else ""
         tells = privacy is None or privacy.share_metrics
-        scores = ", with scores and numbers of examples" if tells else ", without scores and numbers of examples"
+        scores = "scores and numbers of examples"
         stays = f"{algorithm.stays} and the data stay" if algorithm.stays else "the data stay"
-        return f"{algorithm.leaves}{codec}{noise}{scores}; {stays}"
+        if algorithm.exchanges == "nothing":
+            return f"{scores if tells else 'nothing'}, {algorithm.leaves}; {stays}"
+        return f"{algorithm.leaves}{codec}{noise}, {'with' if tells else 'without'} {scores}; {stays}"
 
 
 def runtime_of(experiment: Experiment, data_path: Path | None = None) -> Runtime:

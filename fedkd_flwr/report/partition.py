@@ -92,5 +92,7 @@ def _draw_map(figure: Figure, axes: Axes, counts: Counts, names: list[str]) -> N
 
 
 def _short(name: str) -> str:
+    if name != name.strip():
+        name = repr(name)  # or the legend shows two classes alike
     name = " ".join(name.split())
     return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…"

@@ -45,7 +45,7 @@ class RunProgress:
 
 
 class RoundNote:
-    """What to say of a round: the score, and the bytes moved since the start."""
+    """What to say of a round: the score, and the bytes that all clients moved since the start."""
 
     def __init__(self) -> None:
         self._moved = 0
@@ -58,7 +58,7 @@ class RoundNote:
             return None
         scores = row["metrics"]["shared_global"] or row["metrics"]["private_local"] or {}
         score = next((f"{name} {value:.3f}, " for name, value in scores.items() if value is not None), "")
-        return f"{score}{self._moved / 1e6:.1f} MB{', skipped' if row['skipped'] else ''}"
+        return f"{score}{self._moved / 1e6:.1f} MB in all{', skipped' if row['skipped'] else ''}"
 
 
 class RoundLog:

@@ -29,7 +29,7 @@ LEGEND = (
     "local: on the clients' own test data after the last round; private: what never leaves a client; both: the mean of "
     "their probabilities; always ...: the same answer to every example, without any training. MB: per "
     "client over the whole run, every serialised message; fewer bytes: than dense FedAvg of the teacher with the same "
-    "participation; link: the seconds that they take over {link}, with the slowest client of each round."
+    "participation; link, s: the time that these bytes take over {link}, with the slowest client of each round."
 )
 
 

@@ -45,7 +45,7 @@ Pair = tuple[Side, Side]
 
 
 def verdict(runs: Sequence[RunResult]) -> list[str]:
-    """What runs say of distillation, a line each; none where no run of them distils.
+    """What runs say of distillation, a line each, and then which other runs learned nothing.
 
     A run is held against its baselines (`AlgorithmOptions.baselines`) where they are among the other runs: of the same
     seed, and in nothing else than the baseline says unlike it. One line for each baseline of an experiment, on the mean
@@ -66,11 +66,12 @@ def verdict(runs: Sequence[RunResult]) -> list[str]:
         baselines = [baseline for baseline, _ in baselines_of(group[0][1])]
         for dense in (baseline for baseline in baselines if baseline.dense):
             lines += _headline(group, dense, known)
-        lines += [line for run, _ in group for line in _learned_nothing(run)]
+        lines += [line for run, _ in group for line in _learned_nothing(run, "the shared student")]
         for baseline in baselines:
             lines += _compared(group, baseline, known)
         lines += [line for run, experiment in group for line in _own_data(run, experiment)]
-    return lines
+    others = (run for run, experiment in known if not experiment.algorithm.baselines())
+    return lines + [line for run in others for line in _learned_nothing(run, "the shared model")]
 
 
 def _read(run: RunResult) -> Experiment | None:
@@ -91,14 +92,14 @@ def _conditions(experiment: Experiment, *, seed: bool) -> str:
     return experiment.model_dump_json(exclude=left_out)
 
 
-def _learned_nothing(run: RunResult) -> list[str]:
-    """That the shared model is no better than one answer to everything, where it is not."""
+def _learned_nothing(run: RunResult, who: str) -> list[str]:
+    """That the shared model, as it is called here, is no better than one answer to everything, where it is not."""
     majority, score = run.majority, run.last_rounds()
     constant = majority.scores.get(run.metric) if majority else None
     if majority is None or score is None or constant is None or _sign(run.metric) * (score - constant) > MARGIN:
         return []
     return [
-        f"{run.label}: {run.metric} on the server's test set, {run.rounds_averaged}: the shared student {score:.3f} is "
+        f"{run.label}: {run.metric} on the server's test set, {run.rounds_averaged}: {who} {score:.3f} is "
         f"no better than {majority.words}, {constant:.3f}"
     ]
 
@@ -133,7 +134,7 @@ def _remedy(experiment: Experiment) -> str:
         else "a larger student (task.student)"
     )
     return (
-        f"{deeper} and half as many rounds again (num_rounds, now {experiment.num_rounds}) gave the score of dense "
+        f"{deeper} and 1.5 times as many rounds (num_rounds, now {experiment.num_rounds}) gave the score of dense "
         "FedAvg at 1 % of its bytes on two of two text tasks; or share the teacher itself through this codec, "
         "algorithm: {name: fedavg, model: teacher}, which was within about 3 points of dense FedAvg on four of four "
         "tasks (docs/results.md)"

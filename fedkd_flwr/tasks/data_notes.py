@@ -89,7 +89,7 @@ def repeated_notes(train: Rows, test: Rows, splits: tuple[str, str]) -> tuple[st
     if known := int(np.isin(test, train).sum()):
         notes.append(
             f"split {splits[1]!r}: {known} of {len(test)} rows ({known / len(test):.1%}) are in split {splits[0]!r} "
-            "too, so a score is partly of what was learned by heart"
+            "too, so scores count examples that models were trained on"
         )
     return tuple(notes)
 

@@ -213,7 +213,8 @@ def test_a_round_note_gives_the_score_and_the_bytes_so_far() -> None:
     metrics = {"shared_global": {"accuracy": 0.5}, "shared_local": None, "private_local": None}
     assert note.of({"kind": "message", "wire_bytes": 2_500_000}) is None
     assert (
-        note.of({"kind": "round", "round": 1, "metrics": metrics, "skipped": True}) == "accuracy 0.500, 2.5 MB, skipped"
+        note.of({"kind": "round", "round": 1, "metrics": metrics, "skipped": True})
+        == "accuracy 0.500, 2.5 MB in all, skipped"
     )
 
 

@@ -124,6 +124,14 @@ def test_a_student_that_is_no_better_than_one_answer_to_everything_is_called_so(
         assert bool(said) == is_said
 
 
+def test_a_baseline_that_is_no_better_than_one_answer_to_everything_is_called_so_last(made: Runs) -> None:
+    runs = [made(fedkd(), 0.95), made(baseline("fedavg"), 0.934)]
+    for run in runs:
+        run.summary["majority"] = {"label": "fine", "share": 0.95, "num_classes": 2, "scores": {"accuracy": 0.934}}
+    (said,) = (line for line in verdict(runs) if "is no better than" in line)
+    assert said == verdict(runs)[-1] and "the shared model 0.934 is no better than always 'fine'" in said
+
+
 def test_means_are_over_a_quarter_of_the_rounds_which_the_line_names(made: Runs) -> None:
     runs = [made(fedkd(), 0.8, earlier=[0.1] * 6 + [0.6]), made(baseline("fedavg"), 0.9, earlier=[0.0] * 7)]
     assert (

@@ -56,7 +56,8 @@ def test_repeated_rows_are_counted_within_a_split_and_across() -> None:
     train, test = digests([("a",), ("b",), ("a",), ("a",)]), digests([("b",), ("c",), ("d",), ("e",)])
     assert repeated_notes(train, test, SPLITS) == (
         "split 'train': 2 of 4 rows (50.0%) repeat another one",
-        "split 'test': 1 of 4 rows (25.0%) are in split 'train' too, so a score is partly of what was learned by heart",
+        "split 'test': 1 of 4 rows (25.0%) are in split 'train' too, so scores count examples that models were trained "
+        "on",
     )
     assert repeated_notes(train[:2], test[1:], SPLITS) == ()
 

@@ -472,3 +472,14 @@ def test_clients_may_be_those_of_the_data(tiny_bert: Path, tmp_path: Path) -> No
 def test_options_that_make_no_sense_are_refused(wrong: dict[str, Any], tiny_bert: Path) -> None:
     with pytest.raises(ValidationError):
         options("data", tiny_bert, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("positive", "remedy"), [(None, "task.positive_label and task.class_weights"), ("no", "task.class_weights")]
+)
+def test_an_uneven_task_is_told_only_the_options_that_are_not_set(
+    positive: str | None, remedy: str, tiny_bert: Path, tmp_path: Path
+) -> None:
+    rows = {"text": [f"good {n}" for n in range(20)], "label": ["yes"] * 18 + ["no"] * 2}
+    task = build(write_splits(tmp_path, rows, rows), tiny_bert, num_clients=1, positive_label=positive)
+    assert any(note.endswith(f"right as often; see {remedy}") for note in task.data_report().notes)
