@@ -219,7 +219,7 @@ def test_report_of_several_runs_writes_beside_them_and_passes_over_earlier_compa
     assert f"page: {comparison / 'report.html'}" in capsys.readouterr().out
     assert not any((place / "table.md").exists() for place in places)
     assert fedkd("report", *map(str, places), str(comparison)) == 0
-    (places[0].parent / cli.PARTITION_FILE).touch()  # of `fedkd check`
+    (places[0].parent / "partition.png").touch()  # of `fedkd check`
     assert fedkd("report", *map(str, places[0].parent.iterdir())) == 0
 
 

@@ -256,7 +256,7 @@ class _Messages:
 
 
 def _stand_in(runtime: Runtime, length: int) -> bytes | None:
-    """A payload that travels as one of this length does: of a large model, even zeros take long to make and to count."""
+    """A short payload that travels as one of this length does: even zeros, if they are many, take long to count."""
     return None if runtime.wires is None else bytes(min(length, _STAND_IN_BYTES))
 
 
