@@ -125,7 +125,7 @@ class TextClassification(TextTask):
     def _report(self) -> DataReport:
         heads = head_notes(self._options, TEXT_HEAD, self._label_names)
         notes = (*self._notes, *self._cut_off(self._usable), *self._repeated(), *heads)
-        is_named = self._options.positive_label is not None
+        is_named = self._positive is not None
         remedy = "task.class_weights" if is_named else "task.positive_label and task.class_weights"
         return self._rows.report(self._labels_read, notes, remedy, self._rows_of)
 
