@@ -8,9 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from fedkd_flwr.algorithms.optimizer import OptimizerOptions, RateSchedule
-from fedkd_flwr.experiment import Experiment, baselines_of, parse
+from fedkd_flwr.experiment import Experiment, baselines_of, load, parse
 from fedkd_flwr.tasks.checkpoint_config import _facts, checkpoint_width
-from tests.conftest import small
+from tests.conftest import ROOT, small
 
 FINE_TUNING = RateSchedule(warmup=0.1, decay="linear")
 FROM_SCRATCH = OptimizerOptions()
@@ -141,3 +141,11 @@ def test_clients_weigh_by_examples_unless_the_method_or_privacy_forbids_it(
 def test_an_optimiser_that_is_no_mapping_is_refused() -> None:
     with pytest.raises(ValidationError, match="valid dictionary or instance"):
         OptimizerOptions.model_validate("automatic")
+
+
+@pytest.mark.parametrize("name", ["ade", "bc5cdr", "ag_news"])
+def test_the_recipe_of_the_text_experiments_is_what_is_decided_without_it(tmp_path: Path, name: str) -> None:
+    source = f"task.teacher.source={checkpoint(tmp_path / 'bert', hidden_size=128)}"
+    tuned = load(ROOT / "conf" / f"{name}_fedkd.yaml", [source])
+    open_options = "algorithm={name: fedkd, local: {num_epochs: 1, batch_size: 16}}"
+    assert load(ROOT / "conf" / f"{name}_fedkd.yaml", [source, open_options]) == tuned
