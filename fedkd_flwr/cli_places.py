@@ -1,4 +1,4 @@
-"""Where results go, and what is said of a run before it begins."""
+"""Directories of results, and the first lines of a run."""
 
 import os
 from datetime import datetime
@@ -13,7 +13,7 @@ PARTITION_FILE = "partition.png"  # which `fedkd check` draws among an experimen
 
 
 def first_lines(runtime: Runtime, run_dir: Path) -> list[str]:
-    """What a user should know before a run begins: who takes part, what leaves them, how much, where it goes."""
+    """The first lines of a run: number of clients, data that leaves a client, bytes to expect, place of the results."""
     # Imported here, as for `check`.
     from fedkd_flwr.flower.forecast import expected
 

@@ -1,10 +1,12 @@
-"""What is printed for people: on any stream, in any encoding, whether anybody reads it or not."""
+"""Console output that never raises: on any stream, in any encoding, also after its reader has gone."""
 
 import os
 import sys
 from typing import Any, TextIO
 
 from rich.console import Console
+
+from fedkd_flwr.core.printable import shown
 
 
 class Terminal(Console):
@@ -14,7 +16,7 @@ class Terminal(Console):
     """
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As `rich` does; text without what is not printable."""
+        """Print as `rich` does, with escapes for characters that are not printable."""
         super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
 
     def on_broken_pipe(self) -> None:
@@ -25,7 +27,7 @@ class Terminal(Console):
 
 def printable(text: str) -> str:
     """The text with every character that is neither printable nor the end of a line by its escape."""
-    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+    return "".join(c if c == "\n" else shown(c) for c in text)
 
 
 def one_line(text: str) -> str:
@@ -44,12 +46,6 @@ def escape_what_streams_lack() -> None:
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")
-
-
-def _escaped(character: str) -> str:
-    # The first knows no half of a pair, the second no control character.
-    codec = "unicode_escape" if ord(character) < 0x80 else "ascii"
-    return character.encode(codec, "backslashreplace").decode("ascii")
 
 
 def _discard(stream: TextIO | Any) -> None:

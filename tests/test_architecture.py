@@ -12,7 +12,6 @@ SOURCES = sorted((ROOT / PACKAGE).rglob("*.py")) + [ROOT / f"{app}.py" for app i
 
 LAYERS = {
     "core": 0,
-    "console": 0,
     "disk": 0,
     "algorithms": 1,
     "compressors": 1,
@@ -21,6 +20,7 @@ LAYERS = {
     "server_options": 1,
     "privacy": 1,
     "yaml_text": 1,
+    "console": 1,
     "experiment": 2,
     "flower": 3,
     "report": 3,

@@ -94,7 +94,7 @@ def find_guidance(
 
 
 def _example(task: Task, model: nn.Module, *, hidden_states: bool, attentions: bool) -> Outputs:
-    """What a model returns of an example; without what it fails to return, which is then none."""
+    """A model's outputs for an example; a kind of output that fails is left out."""
     with torch.no_grad():
         try:
             return task.forward(model.eval(), task.example_batch(), hidden_states=hidden_states, attentions=attentions)

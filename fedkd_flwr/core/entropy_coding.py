@@ -209,7 +209,7 @@ def _places(count: int) -> Ints:
 
 
 def _index_type(count: int) -> type[np.signedinteger[Any]]:
-    """Of so many places; of sums that wrong bits make of them, too."""
+    """The integer type for this many places. Sums of damaged distances must fit in it, too."""
     return np.int32 if count <= MAX_INTEGER // 4 else np.int64
 
 

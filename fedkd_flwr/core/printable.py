@@ -1,4 +1,4 @@
-"""What others wrote, as it may be shown: one line of bounded length that no terminal takes for a command."""
+"""Untrusted text as one line of bounded length, in which no terminal finds a command."""
 
 MOST_CHARACTERS = 500
 _CUT = " ..."
@@ -22,13 +22,14 @@ def printable(text: str, most: int = MOST_CHARACTERS) -> str:
     """
     # Four times as much, because white space shrinks; a huge text is not looked through.
     begun = text[: 4 * most]
-    line = "".join(map(_shown, " ".join(begun.split())))
+    line = "".join(map(shown, " ".join(begun.split())))
     if len(line) <= most and len(begun) == len(text):
         return line
     return line[: most - len(_CUT)].rstrip() + _CUT
 
 
-def _shown(character: str) -> str:
+def shown(character: str) -> str:
+    """A character as it is, or its escape where it can't be seen or moves the text around it."""
     if character.isprintable() and character not in _UNSEEN:
         return character
     return character.encode("unicode_escape").decode("ascii")

@@ -1,10 +1,8 @@
 """Whom a round asks, how long it waits, when it ends, and what is on disk by then."""
 
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,16 +19,8 @@ from fedkd_flwr.flower.records import Instruction
 from fedkd_flwr.flower.reference import snapshot_arrays
 from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.measure.summary import read_summary
-from tests.integration.faults.world import Call, FaultyGrid, World, experiment_of, small_world
-
-Make = Callable[..., World]
-
-
-@pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    counter = iter(range(100))
-    with small_world(monkeypatch):
-        yield lambda *overrides, **hooks: World(tmp_path / f"run{next(counter)}", experiment_of(*overrides), **hooks)
+from tests.flower.conftest import Make
+from tests.integration.faults.world import Call, FaultyGrid, World, experiment_of
 
 
 def sent(world: World, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Instruction]]:

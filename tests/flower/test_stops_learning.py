@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +18,12 @@ from fedkd_flwr.flower.runtime import runtime_of
 from fedkd_flwr.flower.server import STUDENT_DIR
 from fedkd_flwr.measure.summary import read_summary
 from tests.conftest import Run, small
+from tests.flower.conftest import Make
 from tests.flower.test_exchange import client, misbehaving, rows_of, trains_in
 from tests.integration.faults.table import all_largest, payload, wild_statistics
 from tests.integration.faults.test_server_crashes import on_call, run_until_killed, same_end
-from tests.integration.faults.world import Call, World, experiment_of, small_world
+from tests.integration.faults.world import Call, World, experiment_of
 from tests.payloads import change_payload
-
-Make = Callable[..., World]
-
-
-@pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    counter = iter(range(100))
-    with small_world(monkeypatch):
-        yield lambda *overrides, **hooks: World(tmp_path / f"run{next(counter)}", experiment_of(*overrides), **hooks)
 
 
 def power_cut(world: World, message: Message, context: Context, work: Call) -> Message:
